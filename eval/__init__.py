@@ -1,0 +1,1 @@
+"""Scores a checkpoint and writes reports. Imports model and data."""

@@ -1,0 +1,1 @@
+"""Attention operators: functions of tensors and integers. Imports nothing of this project."""

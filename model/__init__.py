@@ -1,0 +1,1 @@
+"""The decoder and everything with parameters; caches, generation, checkpoints. Imports kernels only."""

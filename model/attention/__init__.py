@@ -1,0 +1,1 @@
+"""Attention modules, one file each; chosen by the config group `attention`."""
