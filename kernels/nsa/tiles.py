@@ -1,0 +1,58 @@
+"""Work lists for packed documents: which document, and where in it, each tile of rows works on.
+
+A tile never crosses a document. The number of tiles depends on the document lengths, which live on
+the device; the grid is launched at an upper bound instead and the surplus programs return at once,
+so that building the list needs no host synchronisation.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+_CHUNK = 256
+
+
+def max_tiles(num_rows: int, num_documents: int, rows_per_tile: int) -> int:
+    """Most tiles that `num_documents` documents with `num_rows` rows in all can need."""
+    return num_rows // rows_per_tile + min(num_documents, num_rows)
+
+
+def tile_map(cu_rows: torch.Tensor, num_rows: int, rows_per_tile: int) -> torch.Tensor:
+    """Cut every document's rows into tiles of `rows_per_tile`.
+
+    cu_rows: int32 [N + 1], first row of every document (the last entry is at most num_rows).
+    num_rows: rows there is room for, e.g. T for tokens, C for compressed blocks.
+    Returns int32 [max_tiles, 2] in document order: (document, first row inside the document);
+    the document of an unused entry is -1, and all unused entries come last.
+    """
+    num_documents = cu_rows.numel() - 1
+    size = max_tiles(num_rows, num_documents, rows_per_tile)
+    tiles = torch.empty(size, 2, dtype=torch.int32, device=cu_rows.device)
+    _tile_map[(num_documents,)](
+        cu_rows, tiles, num_documents, size, ROWS=rows_per_tile, CHUNK=_CHUNK, num_warps=4
+    )
+    return tiles
+
+
+@triton.jit
+def _tile_map(cu_rows, tiles, num_documents, size, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """Program i counts the tiles of the documents before document i, then writes its own."""
+    document = tl.program_id(0)
+    lane = tl.arange(0, CHUNK)
+    before = tl.zeros([CHUNK], tl.int32)
+    for i in range(0, document, CHUNK):
+        ok = i + lane < document
+        first = tl.load(cu_rows + i + lane, mask=ok, other=0)
+        end = tl.load(cu_rows + i + lane + 1, mask=ok, other=0)
+        before += (end - first + ROWS - 1) // ROWS
+    base = tl.sum(before, 0)
+    length = tl.load(cu_rows + document + 1) - tl.load(cu_rows + document)
+    count = (length + ROWS - 1) // ROWS
+    for i in range(0, count, CHUNK):
+        ok = i + lane < count
+        tl.store(tiles + 2 * (base + i + lane), document, mask=ok)
+        tl.store(tiles + 2 * (base + i + lane) + 1, (i + lane) * ROWS, mask=ok)
+    if document == num_documents - 1:
+        for i in range(base + count, size, CHUNK):
+            tl.store(tiles + 2 * (i + lane), -1, mask=i + lane < size)
+            tl.store(tiles + 2 * (i + lane) + 1, 0, mask=i + lane < size)
