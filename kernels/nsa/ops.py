@@ -115,8 +115,7 @@ def _attention(
     indices = run.select_blocks(q, k_cmp, lse_cmp, *docs, geo, scale)
     o_sel, lse_sel = run.selected_forward(q, k_sel, v_sel, indices, *docs, geo, scale)
     o_win, lse_win = run.window_forward(q, k_win, v_win, *docs, geo.window, scale)
-    g = gates.unsqueeze(-1).unbind(2)
-    out = (g[0] * o_cmp + g[1] * o_sel + g[2] * o_win).to(q.dtype)
+    out = reference.merge_branches(gates, o_cmp, o_sel, o_win)
     return out, o_cmp, lse_cmp, o_sel, lse_sel, o_win, lse_win, indices
 
 

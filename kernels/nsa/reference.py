@@ -32,79 +32,105 @@ SELECTED_TILE_QUERIES = 64
 class Tile(NamedTuple):
     """Queries q[rows] attend to the key rows `keys` where `mask` allows.
 
-    rows: slice over tokens, R of them. keys: a slice of K rows shared by all KV heads, or row
-    numbers int64 [Hkv, K]. mask: bool [Hkv or 1, R, K].
+    rows: slice over tokens, R of them, the first at `position` in its document. keys: a slice of K
+    rows shared by all KV heads, or row numbers int64 [Hkv, K]. mask: bool [Hkv or 1, R, K].
     """
 
     rows: slice
+    position: int
     keys: slice | torch.Tensor
     mask: torch.Tensor
 
 
-class Span(NamedTuple):
-    """Neighbouring queries of one document: token rows, their positions, and where its keys start."""
+class Document(NamedTuple):
+    """Consecutive queries of one document, and the rows where its keys begin."""
 
-    rows: slice
-    positions: torch.Tensor
+    num_queries: int
+    first_position: int  # of the first query; more than 0 when earlier tokens are in a cache
     key_row: int
     compressed_row: int
 
 
-def _spans(q, cu_seqlens, geometry: Geometry | None, max_keys, max_queries) -> Iterator[Span]:
-    """Cut every document into spans whose score matrix stays under TILE_SCORES elements.
-
-    max_keys(length) bounds the keys that a query of a document of that length can see.
-    """
-    key_row = compressed_row = 0
+def packed_documents(cu_seqlens: torch.Tensor, geometry: Geometry | None) -> list[Document]:
+    """Whole documents, one after another, as in training."""
+    documents, key_row, compressed_row = [], 0, 0
     for length in cu_seqlens.diff().tolist():
-        per_query = q.shape[1] * max(max_keys(length), 1)
-        step = max(min(max_queries, TILE_SCORES // per_query), 1)
-        for start in range(0, length, step):
-            end = min(start + step, length)
-            positions = torch.arange(start, end, device=q.device)
-            yield Span(slice(key_row + start, key_row + end), positions, key_row, compressed_row)
+        documents.append(Document(length, 0, key_row, compressed_row))
         key_row += length
         compressed_row += geometry.num_compressed(length) if geometry else 0
+    return documents
 
 
-def _compressed_tiles(q, cu_seqlens, geometry: Geometry) -> Iterator[Tile]:
+def cached_documents(
+    cu_seqlens: torch.Tensor, past: list[int], max_length: int, max_compressed: int
+) -> list[Document]:
+    """New queries of B sequences whose keys lie in caches [B, max_length] and [B, max_compressed].
+
+    cu_seqlens int32 [B + 1] delimits the new queries, past counts the tokens before them.
+    """
+    return [
+        Document(length, start, b * max_length, b * max_compressed)
+        for b, (length, start) in enumerate(zip(cu_seqlens.diff().tolist(), past, strict=True))
+    ]
+
+
+def _spans(documents, heads, max_keys, max_queries) -> Iterator[tuple[slice, int, int, Document]]:
+    """Cut documents into runs of queries whose score matrix stays under TILE_SCORES elements.
+
+    max_keys(length) bounds the keys that a query of a document of that length can see. Yields
+    (token rows, first position, end position, document).
+    """
+    row = 0
+    for document in documents:
+        start, end = document.first_position, document.first_position + document.num_queries
+        step = TILE_SCORES // (heads * max(max_keys(end), 1))
+        step = max(min(max_queries, step), 1)
+        for low in range(start, end, step):
+            high = min(low + step, end)
+            yield slice(row + low - start, row + high - start), low, high, document
+        row += document.num_queries
+
+
+def compressed_tiles(q, documents: list[Document], geometry: Geometry) -> Iterator[Tile]:
     """Each query sees the prefix of compressed blocks that are complete at its position."""
-    spans = _spans(q, cu_seqlens, geometry, geometry.num_compressed, MAX_TILE_QUERIES)
-    for rows, positions, _, first in spans:
-        visible = geometry.num_visible(positions)
-        columns = torch.arange(int(visible[-1]), device=q.device)
+    spans = _spans(documents, q.shape[1], geometry.num_compressed, MAX_TILE_QUERIES)
+    for rows, low, high, document in spans:
+        visible = geometry.num_visible(torch.arange(low, high, device=q.device))
+        columns = torch.arange(geometry.num_visible(high - 1), device=q.device)
+        first = document.compressed_row
         mask = columns < visible[:, None]
-        yield Tile(rows, slice(first, first + len(columns)), mask[None])
+        yield Tile(rows, low, slice(first, first + len(columns)), mask[None])
 
 
-def _window_tiles(q, cu_seqlens, window: int) -> Iterator[Tile]:
+def window_tiles(q, documents: list[Document], window: int) -> Iterator[Tile]:
     """Each query sees the last `window` tokens of its document, itself included."""
 
     def max_keys(length):
         return min(length, window + MAX_TILE_QUERIES)
 
-    for rows, positions, first, _ in _spans(q, cu_seqlens, None, max_keys, MAX_TILE_QUERIES):
-        low, high = max(int(positions[0]) - window + 1, 0), int(positions[-1]) + 1
-        columns = torch.arange(low, high, device=q.device)
-        distance = positions[:, None] - columns
-        yield Tile(rows, slice(first + low, first + high), ((distance >= 0) & (distance < window))[None])
+    for rows, low, high, document in _spans(documents, q.shape[1], max_keys, MAX_TILE_QUERIES):
+        begin, first = max(low - window + 1, 0), document.key_row
+        distance = torch.arange(low, high, device=q.device)[:, None]
+        distance = distance - torch.arange(begin, high, device=q.device)
+        mask = (distance >= 0) & (distance < window)
+        yield Tile(rows, low, slice(first + begin, first + high), mask[None])
 
 
-def _selected_tiles(q, indices, cu_seqlens, geometry: Geometry) -> Iterator[Tile]:
+def selected_tiles(q, indices, documents: list[Document], geometry: Geometry) -> Iterator[Tile]:
     """Each query sees the visible tokens of its blocks; a tile holds the union of its queries'."""
-    size, num_kv_heads = geometry.select_block, indices.shape[0]
+    size, device = geometry.select_block, q.device
     short = SELECTED_TILE_QUERIES * geometry.num_selected * size
 
     def max_keys(length):
         return min(length, short)
 
     # In a short document the union is nearly everything anyway: larger tiles are then faster.
-    longest = int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0
+    longest = max((d.first_position + d.num_queries for d in documents), default=0)
     max_queries = MAX_TILE_QUERIES if longest <= 4096 else SELECTED_TILE_QUERIES
-    for rows, positions, first, _ in _spans(q, cu_seqlens, None, max_keys, max_queries):
+    for rows, low, high, document in _spans(documents, q.shape[1], max_keys, max_queries):
         chosen = indices[:, rows].long()  # [Hkv, R, n]
-        num_blocks = int(positions[-1]) // size + 1
-        member = torch.zeros(*chosen.shape[:2], num_blocks + 1, dtype=torch.bool, device=q.device)
+        num_blocks = (high - 1) // size + 1
+        member = torch.zeros(*chosen.shape[:2], num_blocks + 1, dtype=torch.bool, device=device)
         member.scatter_(2, torch.where(chosen < 0, num_blocks, chosen), True)
         member = member[..., :num_blocks]
         used = member.any(1)  # [Hkv, blocks]
@@ -113,12 +139,11 @@ def _selected_tiles(q, indices, cu_seqlens, geometry: Geometry) -> Iterator[Tile
         # which their mask excludes.
         union = used.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :width]
         member = member.gather(2, union[:, None].expand(-1, chosen.shape[1], -1))
-        tokens = union[..., None] * size + torch.arange(size, device=q.device)
-        tokens = tokens.reshape(num_kv_heads, -1)
-        causal = tokens[:, None] <= positions[:, None]
+        tokens = (union[..., None] * size + torch.arange(size, device=device)).flatten(1)
+        causal = tokens[:, None] <= torch.arange(low, high, device=device)[:, None]
         mask = member.repeat_interleave(size, 2) & causal
-        # The document's last block may reach past its end: those columns are masked already.
-        yield Tile(rows, first + tokens.clamp(max=int(positions[-1])), mask)
+        # The last block may reach past the tile's last query: those columns are masked already.
+        yield Tile(rows, low, document.key_row + tokens.clamp(max=high - 1), mask)
 
 
 def _heads_first(x: torch.Tensor, keys: slice | torch.Tensor) -> torch.Tensor:
@@ -213,14 +238,15 @@ def compressed_forward(q, k_cmp, v_cmp, cu_seqlens, max_seqlen, geometry: Geomet
     Returns o [T, H, Dv] and lse [T, H]; a query before the first complete block gets o = 0 and
     lse = -inf.
     """
-    return attention_forward(q, k_cmp, v_cmp, _compressed_tiles(q, cu_seqlens, geometry), scale)
+    tiles = compressed_tiles(q, packed_documents(cu_seqlens, geometry), geometry)
+    return attention_forward(q, k_cmp, v_cmp, tiles, scale)
 
 
 def compressed_backward(
     do, q, k_cmp, v_cmp, o, lse, cu_seqlens, max_seqlen, geometry: Geometry, scale: float
 ):
     """Gradients dq, dk_cmp, dv_cmp of compressed_forward; rows no document uses are zero."""
-    tiles = _compressed_tiles(q, cu_seqlens, geometry)
+    tiles = compressed_tiles(q, packed_documents(cu_seqlens, geometry), geometry)
     return attention_backward(do, q, k_cmp, v_cmp, o, lse, tiles, scale)
 
 
@@ -231,28 +257,32 @@ def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen, geometry: Geometry, sca
     numbers in ascending order, -1 after the last. The initial and local blocks are always in;
     equal importance goes to the lower block number.
     """
+    documents = packed_documents(cu_seqlens, geometry)
+    return choose_blocks(q, k_cmp, lse, documents, geometry, scale)
+
+
+def choose_blocks(q, k_cmp, lse, documents: list[Document], geometry: Geometry, scale: float):
+    """select_blocks for any documents, cached ones included."""
     num_kv_heads, n, size = k_cmp.shape[1], geometry.num_selected, geometry.select_block
     indices = torch.full((num_kv_heads, q.shape[0], n), -1, dtype=torch.int32, device=q.device)
     first, weights = geometry.overlap_weights()
     ratio = size // geometry.compress_stride
-    spans = _spans(q, cu_seqlens, geometry, geometry.num_compressed, MAX_TILE_QUERIES)
-    for tile, (rows, positions, _, _) in zip(
-        _compressed_tiles(q, cu_seqlens, geometry), spans, strict=True
-    ):
-        own = positions // size
-        num_blocks = int(own[-1]) + 1
-        block = torch.arange(num_blocks, device=q.device)
-        importance = lse.new_zeros(num_kv_heads, len(positions), num_blocks)
+    for tile in compressed_tiles(q, documents, geometry):
+        rows, num_queries = tile.rows, tile.mask.shape[1]
+        own = torch.arange(tile.position, tile.position + num_queries, device=q.device) // size
+        num_blocks = (tile.position + num_queries - 1) // size + 1
+        importance = lse.new_zeros(num_kv_heads, num_queries, num_blocks)
         if tile.mask.shape[2]:
             qt = _group(q[rows], num_kv_heads)
             lset = _group(lse[rows, :, None], num_kv_heads)
             p = _softmax(_logits(qt, _heads_first(k_cmp, tile.keys), tile, scale), lset)
-            p = p.view(num_kv_heads, len(positions), -1, p.shape[2]).sum(2)
-            # Align column 0 with the first overlapping compressed block of selection block 0.
+            p = p.view(num_kv_heads, num_queries, -1, p.shape[2]).sum(2)
+            # Align column 0 with the first compressed block that overlaps selection block 0.
             width = (num_blocks - 1) * ratio + len(weights)
             p = F.pad(p, (-first, width + first - p.shape[2]))
             for m, weight in enumerate(weights):
                 importance += weight * p[..., m : m + (num_blocks - 1) * ratio + 1 : ratio]
+        block = torch.arange(num_blocks, device=q.device)
         forced = (block < geometry.num_initial) | (block > own[:, None] - geometry.num_local)
         importance = importance.masked_fill(forced, float("inf"))
         importance = importance.masked_fill(block > own[:, None], -1.0)
@@ -269,14 +299,15 @@ def selected_forward(q, k, v, indices, cu_seqlens, max_seqlen, geometry: Geometr
 
     Returns o [T, H, Dv] and lse [T, H].
     """
-    return attention_forward(q, k, v, _selected_tiles(q, indices, cu_seqlens, geometry), scale)
+    tiles = selected_tiles(q, indices, packed_documents(cu_seqlens, None), geometry)
+    return attention_forward(q, k, v, tiles, scale)
 
 
 def selected_backward(
     do, q, k, v, o, lse, indices, cu_seqlens, max_seqlen, geometry: Geometry, scale: float
 ):
     """Gradients dq, dk, dv of selected_forward; none flows through the indices."""
-    tiles = _selected_tiles(q, indices, cu_seqlens, geometry)
+    tiles = selected_tiles(q, indices, packed_documents(cu_seqlens, None), geometry)
     return attention_backward(do, q, k, v, o, lse, tiles, scale)
 
 
@@ -285,9 +316,41 @@ def window_forward(q, k, v, cu_seqlens, max_seqlen, window: int, scale: float):
 
     A window of at least max_seqlen is full causal attention. Returns o [T, H, Dv], lse [T, H].
     """
-    return attention_forward(q, k, v, _window_tiles(q, cu_seqlens, window), scale)
+    tiles = window_tiles(q, packed_documents(cu_seqlens, None), window)
+    return attention_forward(q, k, v, tiles, scale)
 
 
 def window_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, window: int, scale: float):
     """Gradients dq, dk, dv of window_forward."""
-    return attention_backward(do, q, k, v, o, lse, _window_tiles(q, cu_seqlens, window), scale)
+    tiles = window_tiles(q, packed_documents(cu_seqlens, None), window)
+    return attention_backward(do, q, k, v, o, lse, tiles, scale)
+
+
+def merge_branches(gates, o_cmp, o_sel, o_win):
+    """sum_c g^c * o^c (Eq. 5): gates [T, H, 3], branch outputs [T, H, Dv]."""
+    g = gates.unsqueeze(-1).unbind(2)
+    return (g[0] * o_cmp + g[1] * o_sel + g[2] * o_win).to(o_cmp.dtype)
+
+
+def nsa_cached(
+    q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, past: list[int],
+    geometry: Geometry, scale: float,
+):  # fmt: skip
+    """One step of generation: new tokens of B sequences against their caches, prefill or decode.
+
+    q [T, H, Dk] and gates [T, H, 3] hold the new tokens, delimited by cu_seqlens int32 [B + 1];
+    past counts each sequence's tokens before them. Caches are [B, S, Hkv, D] and, compressed,
+    [B, S // d, Hkv, D]; the new tokens' keys are in them already. Returns [T, H, Dv].
+    """
+    docs = cached_documents(cu_seqlens, past, k_sel.shape[1], k_cmp.shape[1])
+    k_cmp, v_cmp, k_sel, v_sel, k_win, v_win = (
+        x.flatten(0, 1) for x in (k_cmp, v_cmp, k_sel, v_sel, k_win, v_win)
+    )
+    tiles = compressed_tiles(q, docs, geometry)
+    o_cmp, lse = attention_forward(q, k_cmp, v_cmp, tiles, scale)
+    indices = choose_blocks(q, k_cmp, lse, docs, geometry, scale)
+    tiles = selected_tiles(q, indices, docs, geometry)
+    o_sel, _ = attention_forward(q, k_sel, v_sel, tiles, scale)
+    tiles = window_tiles(q, docs, geometry.window)
+    o_win, _ = attention_forward(q, k_win, v_win, tiles, scale)
+    return merge_branches(gates, o_cmp, o_sel, o_win)
