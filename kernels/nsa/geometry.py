@@ -12,6 +12,12 @@ from dataclasses import dataclass
 import torch
 
 
+def causal_pairs(tokens: int, reach: int) -> int:
+    """Query-key pairs of one document when each query sees at most the `reach` keys up to its own."""
+    reach = min(reach, tokens)
+    return reach * (reach + 1) // 2 + (tokens - reach) * reach
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The sizes that define NSA, in tokens unless said otherwise.
@@ -83,3 +89,17 @@ class Geometry:
         """First compressed row of each document: int32 [N+1] from cu_seqlens int32 [N+1]."""
         counts = self.num_compressed(cu_seqlens.diff())
         return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+
+    def block_tokens(self, cu_seqlens: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token rows of each compressed row: int64 [C, l], and bool [C], false on unused rows.
+
+        Unused rows point at token 0. Works on the device, without synchronisation.
+        """
+        offsets = self.compressed_offsets(cu_seqlens)
+        row = torch.arange(self.capacity(num_tokens), device=cu_seqlens.device)
+        document = torch.searchsorted(offsets[1:], row, right=True).clamp(max=len(offsets) - 2)
+        start = cu_seqlens[document] + (row - offsets[document]) * self.compress_stride
+        used = row < offsets[-1]
+        tokens = torch.where(used, start, 0)[:, None]
+        tokens = tokens + torch.arange(self.compress_block, device=cu_seqlens.device)
+        return tokens.clamp(max=num_tokens - 1), used

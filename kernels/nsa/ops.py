@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.nsa import reference
-from kernels.nsa.geometry import Geometry
+from kernels.nsa.geometry import Geometry, causal_pairs
 
 
 def nsa_attention(
@@ -206,17 +206,11 @@ def attention_flops(tokens: int, heads: int, dims: int, geometry: Geometry) -> d
     """
     chosen = geometry.num_selected * geometry.select_block
     pairs = {
-        "compressed": _causal_pairs(tokens, tokens) // geometry.compress_stride,
-        "selected": _causal_pairs(tokens, chosen),
-        "window": _causal_pairs(tokens, geometry.window),
+        "compressed": causal_pairs(tokens, tokens) // geometry.compress_stride,
+        "selected": causal_pairs(tokens, chosen),
+        "window": causal_pairs(tokens, geometry.window),
     }
     return {branch: 2 * heads * dims * count for branch, count in pairs.items()}
-
-
-def _causal_pairs(tokens: int, reach: int) -> int:
-    """Query-key pairs when each query sees at most the `reach` keys up to its own."""
-    reach = min(reach, tokens)
-    return reach * (reach + 1) // 2 + (tokens - reach) * reach
 
 
 @register_flop_formula(torch.ops.nsa.attention)

@@ -1,0 +1,96 @@
+"""What all attention designs share, so that a comparison changes the attention and nothing else."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from model.cache import LayerCache
+from model.layers import Rope, rotate
+
+
+class Attention(nn.Module, ABC):
+    """Query projection, QK-norm, rotary positions, output gate and output projection.
+
+    A design subclasses this and says how queries meet keys and values in `attend`. num_heads query
+    heads share num_kv_heads key/value heads (GQA). The optional output gate multiplies each head's
+    output elementwise by a sigmoid of the input (arXiv 2505.06708).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        qk_norm: bool,
+        output_gate: bool,
+        norm_eps: float,
+    ):
+        super().__init__()
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"model.num_heads={num_heads} is not a multiple of model.num_kv_heads="
+                f"{num_kv_heads}: every key/value head serves an equal group of query heads."
+            )
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.qk_norm, self.norm_eps = qk_norm, norm_eps
+        self.scale = head_dim**-0.5
+        self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.q_norm = nn.RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.gate_proj = nn.Linear(dim, num_heads * head_dim, bias=False) if output_gate else None
+        self.out_proj = nn.Linear(num_heads * head_dim, dim, bias=False)
+
+    def key_value(self, dim: int) -> KeyValue:
+        """A fresh pair of key and value projections with this layer's heads."""
+        return KeyValue(dim, self.num_kv_heads, self.head_dim, self.qk_norm, self.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """x [T, dim] -> [T, dim] over packed documents.
+
+        With a cache, x holds only the new tokens of each sequence and the cache the earlier ones.
+        """
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        q = rotate(self.q_norm(q), rope)
+        out = self.attend(x, q, rope, cu_seqlens, max_seqlen, cache).flatten(1)
+        if self.gate_proj is not None:
+            out = out * torch.sigmoid(self.gate_proj(x))
+        return self.out_proj(out)
+
+    @abstractmethod
+    def attend(
+        self,
+        x: Tensor,
+        q: Tensor,
+        rope: Rope,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """x [T, dim] and rotated queries q [T, H, D] -> [T, H, D]."""
+    @abstractmethod
+    def flops(self, tokens: int) -> int:
+        """Operations of the attention proper, forward, for one document of `tokens` tokens."""
+
+class KeyValue(nn.Module):
+    """Keys (normed, rotated) and values of one branch: x [T, dim] -> k, v [T, Hkv, D]."""
+
+    def __init__(self, dim: int, num_kv_heads: int, head_dim: int, qk_norm: bool, norm_eps: float):
+        super().__init__()
+        self.heads = (num_kv_heads, head_dim)
+        self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
+        self.k_norm = nn.RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
+        k = self.k_norm(self.k_proj(x).unflatten(-1, self.heads))
+        return rotate(k, rope), self.v_proj(x).unflatten(-1, self.heads)

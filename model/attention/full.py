@@ -1,0 +1,22 @@
+"""Full causal attention: the control that every other design is compared with."""
+
+from __future__ import annotations
+
+from kernels.dense import full_attention, full_cached
+from model.attention.base import Attention
+
+
+class FullAttention(Attention):
+    def __init__(self, dim: int, **shared):
+        super().__init__(dim, **shared)
+        self.kv = self.key_value(dim)
+
+    def attend(self, x, q, rope, cu_seqlens, max_seqlen, cache):
+        k, v = self.kv(x, rope)
+        if cache is None:
+            return full_attention(q, k, v, cu_seqlens, max_seqlen, self.scale)
+        k, v = (cache.append(name, t, cu_seqlens) for name, t in (("k", k), ("v", v)))
+        return full_cached(q, k, v, cu_seqlens, cache.past, self.scale)
+
+    def flops(self, tokens: int) -> int:
+        return 4 * self.num_heads * self.head_dim * tokens * (tokens + 1) // 2

@@ -1,0 +1,144 @@
+"""Native Sparse Attention (arXiv 2502.11089) as a module: projections, compression phi and gates."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.nsa.compress import gated_pool, gather_blocks, mean_pool
+from kernels.nsa.geometry import Geometry
+from kernels.nsa.ops import attention_flops, nsa_attention
+from kernels.nsa.reference import nsa_cached
+from model.attention.base import Attention
+
+
+class MeanCompression(nn.Module):
+    """phi as the plain mean of a block."""
+
+    def __init__(self, num_kv_heads: int, head_dim: int, geometry: Geometry):
+        super().__init__()
+        self.geometry = geometry
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """x [T, Hkv, D] -> [C, Hkv, D]"""
+        return mean_pool(x, cu_seqlens, self.geometry)
+
+
+class GatedMeanCompression(nn.Module):
+    """phi as a softmax-weighted mean: each token's learned score plus a bias by place in the block.
+
+    Starts as the plain mean.
+    """
+
+    def __init__(self, num_kv_heads: int, head_dim: int, geometry: Geometry):
+        super().__init__()
+        self.geometry = geometry
+        self.score = nn.Parameter(torch.zeros(num_kv_heads, head_dim))
+        self.position = nn.Parameter(torch.zeros(geometry.compress_block, num_kv_heads))
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """x [T, Hkv, D] -> [C, Hkv, D]"""
+        score = (x * self.score).sum(-1)
+        return gated_pool(x, score, self.position, cu_seqlens, self.geometry)
+
+
+class MLPCompression(nn.Module):
+    """phi as the paper has it: an MLP over the block's tokens with a position encoding inside."""
+
+    def __init__(self, num_kv_heads: int, head_dim: int, geometry: Geometry):
+        super().__init__()
+        self.geometry = geometry
+        self.position = nn.Parameter(torch.zeros(geometry.compress_block, 1, head_dim))
+        self.up_proj = nn.Linear(geometry.compress_block * head_dim, 4 * head_dim, bias=False)
+        self.down_proj = nn.Linear(4 * head_dim, head_dim, bias=False)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """x [T, Hkv, D] -> [C, Hkv, D]"""
+        blocks = gather_blocks(x, cu_seqlens, self.geometry) + self.position  # [C, l, Hkv, D]
+        return self.down_proj(F.gelu(self.up_proj(blocks.transpose(1, 2).flatten(2))))
+
+
+COMPRESSIONS = {
+    "mean": MeanCompression,
+    "gated_mean": GatedMeanCompression,
+    "mlp": MLPCompression,
+}
+
+
+class NSAAttention(Attention):
+    """Three branches with their own keys and values, joined by sigmoid gates of the input.
+
+    The gates' layer starts at zero, so that training begins with every branch at one half.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        compress_block: int = 32,
+        compress_stride: int = 16,
+        select_block: int = 64,
+        num_selected: int = 16,
+        window: int = 512,
+        num_initial: int = 1,
+        num_local: int = 2,
+        compression: str = "gated_mean",
+        **shared,
+    ):
+        super().__init__(dim, **shared)
+        self.geometry = Geometry(
+            compress_block, compress_stride, select_block, num_selected, window, num_initial,
+            num_local,
+        )  # fmt: skip
+        if compression not in COMPRESSIONS:
+            raise ValueError(
+                f"attention.compression={compression}: choose one of {', '.join(COMPRESSIONS)}."
+            )
+        phi = COMPRESSIONS[compression]
+        self.compressed, self.selected, self.local = (self.key_value(dim) for _ in range(3))
+        self.compress_k = phi(self.num_kv_heads, self.head_dim, self.geometry)
+        self.compress_v = phi(self.num_kv_heads, self.head_dim, self.geometry)
+        self.branch_gates = nn.Linear(dim, 3 * self.num_heads)
+
+    def attend(self, x, q, rope, cu_seqlens, max_seqlen, cache):
+        gates = torch.sigmoid(self.branch_gates(x)).unflatten(-1, (self.num_heads, 3))
+        k_raw, v_raw = self.compressed(x, rope)
+        k_sel, v_sel = self.selected(x, rope)
+        k_win, v_win = self.local(x, rope)
+        if cache is None:
+            k_cmp = self.compress_k(k_raw, cu_seqlens)
+            v_cmp = self.compress_v(v_raw, cu_seqlens)
+            out, _ = nsa_attention(
+                q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, max_seqlen,
+                self.geometry, self.scale,
+            )  # fmt: skip
+            return out
+        k_cmp = self._append_blocks(cache, "k_cmp", k_raw, cu_seqlens, self.compress_k)
+        v_cmp = self._append_blocks(cache, "v_cmp", v_raw, cu_seqlens, self.compress_v)
+        raw = dict(k_sel=k_sel, v_sel=v_sel, k_win=k_win, v_win=v_win)
+        caches = [cache.append(name, t, cu_seqlens) for name, t in raw.items()]
+        return nsa_cached(
+            q, k_cmp, v_cmp, *caches, gates, cu_seqlens, cache.past, self.geometry, self.scale
+        )
+
+    def _append_blocks(self, cache, name, x, cu_seqlens, phi) -> Tensor:
+        """Compress the blocks that the new tokens complete, and only those.
+
+        Tokens that later blocks need wait in cache.pending, which begins at the first unfinished
+        block. Returns the cache of compressed rows [B, capacity, Hkv, D].
+        """
+        buffer = cache.buffer(name, self.geometry.capacity(cache.max_length), x)
+        for b, (low, high) in enumerate(pairwise(cu_seqlens.tolist())):
+            waiting = torch.cat([cache.pending.get((name, b), x[:0]), x[low:high]])
+            done = self.geometry.num_compressed(len(waiting))
+            if done:
+                alone = torch.tensor([0, len(waiting)], dtype=torch.int32, device=x.device)
+                first = self.geometry.num_compressed(cache.past[b])
+                buffer[b, first : first + done] = phi(waiting, alone)[:done]
+            cache.pending[name, b] = waiting[done * self.geometry.compress_stride :]
+        return buffer
+
+    def flops(self, tokens: int) -> int:
+        return sum(attention_flops(tokens, self.num_heads, 2 * self.head_dim, self.geometry).values())

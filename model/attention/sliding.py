@@ -1,0 +1,26 @@
+"""Sliding-window attention: the last `window` tokens."""
+
+from __future__ import annotations
+
+from kernels.dense import sliding_attention, sliding_cached
+from kernels.nsa.geometry import causal_pairs
+from model.attention.base import Attention
+
+
+class SlidingAttention(Attention):
+    def __init__(self, dim: int, window: int = 512, **shared):
+        super().__init__(dim, **shared)
+        if window < 1:
+            raise ValueError(f"attention.window={window}; it must be at least 1 token.")
+        self.window = window
+        self.kv = self.key_value(dim)
+
+    def attend(self, x, q, rope, cu_seqlens, max_seqlen, cache):
+        k, v = self.kv(x, rope)
+        if cache is None:
+            return sliding_attention(q, k, v, cu_seqlens, max_seqlen, self.window, self.scale)
+        k, v = (cache.append(name, t, cu_seqlens) for name, t in (("k", k), ("v", v)))
+        return sliding_cached(q, k, v, cu_seqlens, cache.past, self.window, self.scale)
+
+    def flops(self, tokens: int) -> int:
+        return 4 * self.num_heads * self.head_dim * causal_pairs(tokens, self.window)

@@ -1,0 +1,85 @@
+"""A checkpoint folder as everybody but the trainer sees it: weights, config, tokenizer.
+
+checkpoints/step_00000100/ holds model.safetensors, config.yaml and tokenizer.json. Loading reads
+data only; nothing in the folder is executed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+
+from model.build import build_decoder
+from model.decoder import Decoder
+
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "tokenizer.json"
+
+
+class Checkpoint(NamedTuple):
+    model: Decoder
+    tokenizer: Tokenizer
+    config: dict
+    step: int
+    path: Path
+
+
+def save_weights(folder: Path, weights: dict[str, torch.Tensor], config: dict, tokenizer: Tokenizer):
+    """Write what load_checkpoint reads; tied weights appear once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: w.detach().contiguous().cpu() for name, w in weights.items()}
+    save_file(weights, folder / WEIGHTS)
+    (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+    tokenizer.save(str(folder / TOKENIZER))
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the newest one of a run folder.
+
+    Raises FileNotFoundError with one sentence.
+    """
+    path = Path(path).expanduser()
+    if (path / WEIGHTS).exists():
+        return path
+    found = sorted(path.glob(f"checkpoints/step_*/{WEIGHTS}"))
+    if not found:
+        raise FileNotFoundError(
+            f"{path} is neither a checkpoint (a folder with {WEIGHTS}) nor a run folder with one "
+            "under checkpoints/."
+        )
+    return found[-1].parent
+
+
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Checkpoint:
+    """The model in eval mode, its tokenizer, its config and step, from a checkpoint or run folder.
+
+    dtype defaults to that of the stored weights. Raises FileNotFoundError or ValueError with one
+    sentence when the folder is incomplete or does not fit the model it describes.
+    """
+    folder = find_checkpoint(path)
+    for name in (CONFIG, TOKENIZER):
+        if not (folder / name).exists():
+            raise FileNotFoundError(f"The checkpoint {folder} has no {name}.")
+    config = yaml.safe_load((folder / CONFIG).read_text())
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} can't be read: {error}") from None
+    model = build_decoder(config["model"], config["attention"], tokenizer.get_vocab_size())
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / WEIGHTS} does not fit its config: {reason}") from None
+    dtype = dtype or next(iter(weights.values())).dtype
+    model = model.to(device=device, dtype=dtype).eval()
+    _, _, step = folder.name.rpartition("_")
+    return Checkpoint(model, tokenizer, config, int(step) if step.isdigit() else 0, folder)

@@ -1,0 +1,178 @@
+"""The decoder: a pre-norm GPT whose attention is a choice.
+
+RMSNorm, rotary positions (YaRN on request), grouped-query attention with QK-norm and an optional
+output gate, SwiGLU, tied or untied embeddings, optional logit soft-cap and z-loss. Tokens are packed:
+one flat dimension T, documents delimited by cu_seqlens, no attention across them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention.base import Attention
+from model.cache import Cache, LayerCache
+from model.layers import Rope, Rotary, SwiGLU
+from model.loss import Loss, linear_cross_entropy
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, dim: int, ffn_dim: int, attention: Attention, norm_eps: float):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, norm_eps)
+        self.attention = attention
+        self.ffn_norm = nn.RMSNorm(dim, norm_eps)
+        self.feed_forward = SwiGLU(dim, ffn_dim)
+
+    def forward(
+        self, x: Tensor, rope: Rope, cu_seqlens: Tensor, max_seqlen: int, cache: LayerCache | None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rope, cu_seqlens, max_seqlen, cache)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """Token numbers to logits, or to the loss.
+
+    attention(dim=…, num_heads=…, num_kv_heads=…, head_dim=…, qk_norm=…, output_gate=…, norm_eps=…)
+    builds one layer's attention. head_dim defaults to dim // num_heads. Raises ValueError when
+    sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        attention: Callable[..., Attention],
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        ffn_dim: int,
+        head_dim: int | None = None,
+        qk_norm: bool = True,
+        output_gate: bool = True,
+        tie_embeddings: bool = True,
+        norm_eps: float = 1e-6,
+        rope_base: float = 10000.0,
+        yarn_factor: float = 1.0,
+        yarn_original_length: int = 8192,
+        logit_softcap: float = 0.0,
+        z_loss: float = 0.0,
+    ):
+        super().__init__()
+        if head_dim is None:
+            if dim % num_heads:
+                raise ValueError(
+                    f"model.dim={dim} does not divide into model.num_heads={num_heads}; choose "
+                    "another number of heads or set model.head_dim."
+                )
+            head_dim = dim // num_heads
+        self.logit_softcap, self.z_loss = logit_softcap, z_loss
+        self.activation_checkpointing = False  # recompute each block in the backward pass
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.rotary = Rotary(head_dim, rope_base, yarn_factor, yarn_original_length)
+        shared = dict(
+            num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, qk_norm=qk_norm,
+            output_gate=output_gate, norm_eps=norm_eps,
+        )  # fmt: skip
+        self.blocks = nn.ModuleList(
+            Block(dim, ffn_dim, attention(dim=dim, **shared), norm_eps) for _ in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(dim, norm_eps)
+        self.head = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Embeddings N(0, 0.02); matrices N(0, 1/fan_in), truncated at three deviations.
+
+        Projections that write to the residual stream are smaller by sqrt(2 * layers), so that its
+        variance does not grow with depth. Branch gates start at zero (every branch at one half).
+        Norms are 1; compression starts as the plain mean.
+        """
+        residual = (2 * len(self.blocks)) ** -0.5
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                if name.endswith(("attention.out_proj", "feed_forward.down_proj")):
+                    std *= residual
+                if name.endswith("branch_gates"):
+                    nn.init.zeros_(module.weight)
+                else:
+                    nn.init.trunc_normal_(module.weight, std=std, a=-3 * std, b=3 * std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        targets: Tensor | None = None,
+    ) -> Tensor | Loss:
+        """Logits [T, vocab] in the model's dtype; with targets int64 [T], the loss instead.
+
+        tokens and positions int64 [T], positions restart at each document; cu_seqlens int32
+        [documents + 1]; max_seqlen the longest document.
+        """
+        x = self.hidden(tokens, positions, cu_seqlens, max_seqlen)
+        if targets is None:
+            return self.logits(x)
+        return linear_cross_entropy(
+            x, self.output_weight, targets, self.z_loss, self.logit_softcap
+        )
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Final hidden states [T, dim], normed. With a cache, tokens are each sequence's new ones."""
+        x, rope = self.embedding(tokens), self.rotary(positions)
+        for i, block in enumerate(self.blocks):
+            layer = cache.layers[i] if cache else None
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, rope, cu_seqlens, max_seqlen, layer, use_reentrant=False)
+            else:
+                x = block(x, rope, cu_seqlens, max_seqlen, layer)
+        return self.norm(x)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[vocab, dim]"""
+        return self.embedding.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., dim] -> logits [..., vocab]."""
+        logits = hidden @ self.output_weight.T
+        if self.logit_softcap:
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+        return logits
+
+    def num_parameters(self) -> int:
+        """All parameters, tied ones once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Training operations per token at this document length: 6 per matrix weight (forward and
+        backward), and 3.5 times the attention's forward (its backward recomputes the logits).
+
+        Follows the PaLM convention (arXiv 2204.02311, appendix B) with causal attention counted
+        once and only the pairs that the attention design visits.
+        """
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
+        if self.head is not None:
+            matrices -= self.embedding.weight.numel()  # a look-up, not a product
+        attention = sum(block.attention.flops(seq_len) for block in self.blocks)
+        return 6.0 * matrices + 3.5 * attention / seq_len

@@ -1,0 +1,71 @@
+"""Small pieces of the decoder: rotary positions, SwiGLU and weight initialisation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [T, D / 2]
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding (arXiv 2104.09864), half-split, with YaRN scaling (2309.00071).
+
+    A factor of 1 is plain RoPE. With YaRN, frequencies that turn less than `beta_slow` times within
+    the original length are interpolated by `factor`, those that turn more than `beta_fast` times
+    are kept, and the logits' temperature follows YaRN's Eq. 22.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        base: float = 10000.0,
+        yarn_factor: float = 1.0,
+        yarn_original_length: int = 8192,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+    ):
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"Rotary positions need an even head dimension, not {head_dim}.")
+        # Plain Python numbers: a buffer would be rounded when the module is cast to bf16.
+        half = head_dim // 2
+        frequencies = [base ** (-i / half) for i in range(half)]
+        self.magnitude = 1.0
+        if yarn_factor != 1.0:
+            turns = [yarn_original_length * f / (2 * math.pi) for f in frequencies]
+            keep = [min(max((t - beta_slow) / (beta_fast - beta_slow), 0.0), 1.0) for t in turns]
+            frequencies = [
+                f * (k + (1 - k) / yarn_factor) for f, k in zip(frequencies, keep, strict=True)
+            ]
+            self.magnitude = 0.1 * math.log(yarn_factor) + 1.0
+        self.frequencies = frequencies
+
+    def forward(self, positions: Tensor) -> Rope:
+        """positions int64 [T] -> cos and sin, fp32 [T, head_dim / 2]."""
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
+        angles = positions[:, None].float() * frequencies
+        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn x [T, heads, D] by its positions; the arithmetic is fp32, the result has x's dtype."""
+    cos, sin = (r[:, None] for r in rope)
+    a, b = x.float().chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward layer W_down(silu(W_gate x) * W_up x) (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

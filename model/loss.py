@@ -1,0 +1,81 @@
+"""Cross-entropy from hidden states, without ever holding all logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # target of a position that is not scored
+CHUNK_LOGITS = 1 << 26  # fp32 logits of one chunk: 256 MB
+
+
+class Loss(NamedTuple):
+    """objective: the scalar to minimise. nll_sum, z_sum, count: fp32 sums over scored positions."""
+
+    objective: Tensor
+    nll_sum: Tensor
+    z_sum: Tensor
+    count: Tensor
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients along with the loss, a chunk of rows at a time.
+
+    With z = softcap(h W^T), L = logsumexp(z):  dL_row/dz = softmax(z) - onehot + 2 w_z L softmax(z).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, z_loss, softcap):
+        rows, vocab = hidden.shape[0], weight.shape[0]
+        need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        dhidden = torch.empty_like(hidden) if need_grad else None
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if need_grad else None
+        nll_sum, z_sum = hidden.new_zeros(2, dtype=torch.float32).unbind()
+        step = max(CHUNK_LOGITS // vocab, 1)
+        for start in range(0, rows, step):
+            h, target = hidden[start : start + step], targets[start : start + step]
+            logits = (h @ weight.T).float()
+            if softcap:
+                squashed = torch.tanh(logits.div_(softcap))
+                logits = squashed * softcap
+            scored = target != IGNORED
+            target = target.clamp(min=0)[:, None]
+            lse = logits.logsumexp(1)
+            nll_sum += ((lse - logits.gather(1, target)[:, 0]) * scored).sum()
+            z_sum += (lse.square() * scored).sum()
+            if not need_grad:
+                continue
+            grad = logits.sub_(lse[:, None]).exp_()  # softmax
+            grad.mul_((1 + 2 * z_loss * lse)[:, None])
+            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
+            grad.mul_((scored / rows)[:, None])
+            if softcap:
+                grad.mul_(1 - squashed.square_())
+            grad = grad.to(hidden.dtype)
+            dhidden[start : start + step] = grad @ weight
+            dweight += grad.T @ h
+        ctx.save_for_backward(dhidden, dweight if dweight is None else dweight.to(weight.dtype))
+        objective = (nll_sum + z_loss * z_sum) / rows
+        ctx.mark_non_differentiable(nll_sum, z_sum)
+        return objective, nll_sum, z_sum
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        dhidden, dweight = ctx.saved_tensors
+        return dhidden * grad.to(dhidden.dtype), dweight * grad.to(dweight.dtype), None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, softcap: float = 0.0
+) -> Loss:
+    """Next-token loss of hidden [T, dim] under the output matrix weight [vocab, dim].
+
+    targets int64 [T], IGNORED where not scored. softcap > 0 squashes logits to
+    softcap * tanh(logits / softcap); z_loss weighs the squared log-normaliser (arXiv 2204.02311).
+    The objective divides by all T positions, not by the scored ones: the gradient of a batch is then
+    the same however it is cut into micro-batches and ranks.
+    """
+    objective, nll_sum, z_sum = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, softcap)
+    return Loss(objective, nll_sum, z_sum, (targets != IGNORED).sum().float())
