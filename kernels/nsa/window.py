@@ -1,0 +1,32 @@
+"""The window branch: causal attention to the last `window` tokens of the document."""
+
+from __future__ import annotations
+
+from kernels.nsa.flash import Keys, Tile, Tiles, flash_backward, flash_forward
+
+
+def window_forward(q, k, v, cu_seqlens, max_seqlen: int, window: int, scale: float):
+    """Attention of every token to the last `window` tokens, itself included.
+
+    q [T, H, Dk], k [T, Hkv, Dk], v [T, Hkv, Dv], bf16 or fp16 (fp32 works, slowly); documents
+    delimited by cu_seqlens int32 [N + 1]; window >= max_seqlen is full causal attention.
+    Returns o [T, H, Dv] in q's dtype and lse [T, H] fp32, natural logarithm.
+    """
+    keys = _keys(cu_seqlens, max_seqlen, window)
+    return flash_forward(q, k, v, cu_seqlens, keys, _tiles(q, k, v).forward, scale)
+
+
+def window_backward(
+    do, q, k, v, o, lse, cu_seqlens, max_seqlen: int, window: int, scale: float
+):
+    """Gradients dq, dk, dv of window_forward."""
+    keys, tiles = _keys(cu_seqlens, max_seqlen, window), _tiles(q, k, v)
+    return flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, keys, tiles, scale)
+
+
+def _keys(cu_seqlens, max_seqlen: int, window: int) -> Keys:
+    return Keys(cu_seqlens, 1, 0, window if window < max_seqlen else None)
+
+
+def _tiles(q, k, v) -> Tiles:
+    return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))
