@@ -1,0 +1,244 @@
+"""Importance of selection blocks from the compressed branch's softmax, and the n best (Eq. 8 to 12).
+
+Two passes over a chunk of queries. `_scores` recomputes p_cmp = exp(S - lse), sums it over the
+query heads of a KV head and folds the compressed blocks of each selection block into one number;
+what reaches over into the next selection blocks goes to planes of its own, so that no step needs
+its neighbour. `_top_blocks` adds the planes up and picks. Chunks keep the planes, the only memory
+that is quadratic in the sequence length, under a fixed size.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.nsa.flash import LOG2E, _key_steps, _key_tiles, _num_complete, _visible
+from kernels.nsa.geometry import Geometry
+from kernels.nsa.tiles import tile_map
+
+PLANE_BYTES = 512 << 20
+# Queries up to which one chunk serves all lengths; beyond, a chunk ends where the length of its
+# rows has doubled, so that short rows are not searched at the width of long ones.
+FIRST_CHUNK = 4096
+TOP_WIDTH = 1024  # scores that one warp of `_top_blocks` searches
+
+
+def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen: int, geometry: Geometry, scale: float):
+    """The n most important blocks of each token and KV head.
+
+    q [T, H, Dk], k_cmp [C, Hkv, Dk] and lse [T, H] as compressed_forward takes and returns them.
+    Returns int32 [Hkv, T, n]: document-relative block numbers in ascending order, -1 after the
+    last. The initial and local blocks are always in; equal importance goes to the lower number.
+    """
+    tokens, heads, dim = q.shape
+    kv_heads, n = k_cmp.shape[1], geometry.num_selected
+    group = triton.next_power_of_2(heads // kv_heads)
+    rows, keys, warps, stages = _tile(q, k_cmp)
+    ratio = geometry.select_block // geometry.compress_stride
+    keys = max(keys, triton.next_power_of_2(ratio))
+    queries = max(rows // group, 1)
+    planes = 1 + triton.cdiv(geometry.compress_block // geometry.compress_stride - 1, ratio)
+
+    indices = torch.empty(kv_heads, tokens, n, dtype=torch.int32, device=q.device)
+    cu_keys = geometry.compressed_offsets(cu_seqlens)
+    tiles = tile_map(cu_seqlens, tokens, queries)
+    row_bytes = 4 * planes * kv_heads
+    for begin, end, blocks in _chunks(len(tiles), queries, max_seqlen, geometry, row_bytes):
+        scores = torch.empty(
+            planes, kv_heads, (end - begin) * queries, blocks, dtype=torch.float32, device=q.device
+        )
+        shape = dict(
+            L=geometry.compress_block,
+            STRIDE=geometry.compress_stride,
+            SELECT=geometry.select_block,
+            PLANES=planes,
+            BQ=queries,
+        )
+        _scores[(end - begin, kv_heads)](
+            q, k_cmp, _key_tiles(k_cmp, keys), lse, scores,
+            tiles[begin:], cu_seqlens, cu_keys, scale, blocks,
+            H=heads, HKV=kv_heads, G=heads // kv_heads, GP=group,
+            DK=dim, DKP=max(triton.next_power_of_2(dim), 16), BN=keys, **shape,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        width = max(triton.next_power_of_2(blocks), 16)
+        together = min(max(TOP_WIDTH // width, 1), queries)
+        _top_blocks[((end - begin) * queries // together, kv_heads)](
+            scores, indices, tiles[begin:], cu_seqlens, tokens, blocks,
+            N=n, INITIAL=geometry.num_initial, LOCAL=geometry.num_local, WIDTH=width,
+            ROWS=together, **shape, num_warps=1 if width <= TOP_WIDTH else 4,
+        )  # fmt: skip
+    return indices
+
+
+def _tile(q, k_cmp) -> tuple[int, int, int, int]:
+    """Rows, keys, warps and stages of `_scores`."""
+    return 128, 64, 8, 3
+
+
+def _chunks(num_tiles: int, queries: int, max_seqlen: int, geometry: Geometry, row_bytes: int):
+    """Yields (first tile, end tile, selection blocks its rows may have).
+
+    A query of tile i has a position under (i + 1) * queries, whatever the documents are.
+    """
+    begin = 0
+    while begin < num_tiles:
+        reach = min(max_seqlen, max(2 * begin * queries, FIRST_CHUNK))
+        end = num_tiles if reach == max_seqlen else max(reach // queries, begin + 1)
+        blocks = triton.cdiv(reach, geometry.select_block)
+        fit = PLANE_BYTES // (row_bytes * blocks * queries)
+        end = min(end, begin + max(fit, 1), num_tiles)
+        yield begin, end, blocks
+        begin = end
+
+
+@triton.jit
+def _score_step(
+    q, k_cmp, k_desc, norm, n0, t, key0, count, h, out, plane, blocks, scale,
+    HKV: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
+    L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PLANES: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Importance from the compressed keys of selection blocks n0 // R and the following BN // RP.
+
+    Logits are held transposed, [BN, GP * BQ] with the heads outermost: a query's heads then lie in
+    the registers of one thread and are summed there.
+    """
+    BJ: tl.constexpr = BN // RP
+    if R == RP:
+        n = n0 + tl.arange(0, BN)
+        k = k_desc.load([key0 + n0, h, 0]).reshape(BN, DKP)
+        there = n < count
+    else:
+        # R keys of each selection block and padding after them.
+        i = tl.arange(0, BN)
+        n = n0 + i // RP * R + i % RP
+        there = (i % RP < R) & (n < count)
+        d = tl.arange(0, DKP)
+        at = ((key0 + n).to(tl.int64) * HKV + h)[:, None] * DK + d[None, :]
+        k = tl.load(k_cmp + at, mask=there[:, None] & (d < DK)[None, :], other=0.0)
+    s = tl.dot(k, q.T, input_precision="ieee")
+    p = tl.exp2(s * scale - norm[None, :])
+    if MASK:
+        p = tl.where(_visible(n[:, None], t[None, :], 0, STRIDE, L - 1, False), p, 0.0)
+    if R != RP:
+        p = tl.where(there[:, None], p, 0.0)
+    p = tl.sum(p.reshape(BN, GP, BQ), 1).reshape(BJ, RP, BQ)
+    block = n0 // R + tl.arange(0, BJ)
+    start = tl.arange(0, RP) * STRIDE
+    for s in tl.static_range(PLANES):
+        shared = tl.minimum(start + L, (s + 1) * SELECT) - tl.maximum(start, s * SELECT)
+        weight = (tl.maximum(shared, 0) // STRIDE).to(tl.float32)
+        folded = tl.sum(p * weight[None, :, None], 1)
+        at = out[None, :] + s * plane + block[:, None] + s
+        tl.store(at, folded, mask=(block + s < blocks)[:, None])
+
+
+@triton.jit
+def _scores(
+    q, k_cmp, k_desc, lse, scores, tiles, cu_queries, cu_keys, scale, blocks,
+    H: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
+    DK: tl.constexpr, DKP: tl.constexpr,
+    L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PLANES: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """scores fp32 [PLANES, Hkv, rows, blocks]; plane s holds what block j gets from block j - s."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    h = tl.program_id(1)
+    document = tl.load(tiles + 2 * tile)
+    if document < 0:
+        return
+    first = tl.load(tiles + 2 * tile + 1)
+    token0 = tl.load(cu_queries + document)
+    length = tl.load(cu_queries + document + 1) - token0
+    key0 = tl.load(cu_keys + document)
+    count = tl.load(cu_keys + document + 1) - key0
+    scale_log2 = scale * LOG2E
+
+    r = tl.arange(0, GP * BQ)
+    g = r // BQ
+    t = first + r % BQ
+    ok = (t < length) & (g < G)
+    row = (token0 + t).to(tl.int64) * H + h * G + g
+    d = tl.arange(0, DKP)
+    at = row[:, None] * DK + d[None, :]
+    qt = tl.load(q + at, mask=ok[:, None] & (d < DK)[None, :], other=0.0)
+    norm = tl.load(lse + row, mask=ok, other=float("inf")) * LOG2E
+
+    num_rows = tl.num_programs(0) * BQ
+    plane = tl.num_programs(1).to(tl.int64) * num_rows * blocks
+    out_row = h.to(tl.int64) * num_rows + tile * BQ + tl.arange(0, BQ)
+    out = scores + out_row * blocks
+
+    R: tl.constexpr = SELECT // STRIDE
+    RP: tl.constexpr = triton.next_power_of_2(R)
+    STEP: tl.constexpr = BN // RP * R
+    last = tl.minimum(first + BQ, length) - 1
+    _, steps, _, full_end = _key_steps(first, last, 0, STRIDE, L - 1, False, STEP)
+    for i in range(0, full_end):
+        _score_step(
+            qt, k_cmp, k_desc, norm, i * STEP, t, key0, count, h, out, plane, blocks, scale_log2,
+            HKV, GP, DK, DKP, L, STRIDE, SELECT, PLANES, BQ, BN, R, RP, False,
+        )  # fmt: skip
+    for i in range(full_end, steps):
+        _score_step(
+            qt, k_cmp, k_desc, norm, i * STEP, t, key0, count, h, out, plane, blocks, scale_log2,
+            HKV, GP, DK, DKP, L, STRIDE, SELECT, PLANES, BQ, BN, R, RP, True,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _top_blocks(
+    scores, indices, tiles, cu_queries, num_tokens, blocks,
+    N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr,
+    L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PLANES: tl.constexpr,
+    BQ: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The chosen blocks of ROWS neighbouring queries for one KV head."""
+    out_row = tl.program_id(0) * ROWS
+    h = tl.program_id(1)
+    tile = out_row // BQ
+    document = tl.load(tiles + 2 * tile)
+    if document < 0:
+        return
+    token0 = tl.load(cu_queries + document)
+    length = tl.load(cu_queries + document + 1) - token0
+    first = tl.load(tiles + 2 * tile + 1) + out_row % BQ
+    if first >= length:
+        return
+
+    i = tl.arange(0, ROWS)
+    t = first + i
+    own = (t // SELECT)[:, None]
+    written = tl.cdiv(_num_complete(t, STRIDE, L - 1), SELECT // STRIDE)[:, None]
+    j = tl.arange(0, WIDTH)[None, :]
+    num_rows = tl.num_programs(0) * ROWS
+    row = h.to(tl.int64) * num_rows + out_row + i
+    at = scores + row[:, None] * blocks + j
+    plane = tl.num_programs(1).to(tl.int64) * num_rows * blocks
+    importance = tl.zeros([ROWS, WIDTH], tl.float32)
+    for s in tl.static_range(PLANES):
+        ok = (j >= s) & (j - s < written)
+        importance += tl.load(at + s * plane, mask=ok, other=0.0)
+
+    # Forced blocks take the first slots; the others compete. Non-negative floats order like the
+    # integers with the same bits, and integers reduce in one instruction.
+    free = (j >= INITIAL) & (j <= own - LOCAL)
+    key = tl.where(free, importance.to(tl.int32, bitcast=True), -1)
+    SLOTS: tl.constexpr = triton.next_power_of_2(N)
+    NOTHING: tl.constexpr = 0x7FFFFFFF
+    slot = tl.arange(0, SLOTS)[None, :]
+    chosen = tl.where((slot < INITIAL) & (slot <= own), slot, NOTHING)
+    local = own - (slot - INITIAL)
+    is_local = (slot >= INITIAL) & (slot < INITIAL + LOCAL) & (local >= INITIAL)
+    chosen = tl.where(is_local, local, chosen)
+    for s in range(INITIAL + LOCAL, N):
+        best = tl.max(key, 1)[:, None]
+        block = tl.min(tl.where(key == best, j, NOTHING), 1)[:, None]
+        chosen = tl.where((slot == s) & (best >= 0), block, chosen)
+        key = tl.where(j == block, -1, key)
+    chosen = tl.sort(chosen)
+    at = (h.to(tl.int64) * num_tokens + token0 + t)[:, None] * N + slot
+    chosen = tl.where(chosen == NOTHING, -1, chosen)
+    tl.store(indices + at, chosen, mask=(slot < N) & (t < length)[:, None])
