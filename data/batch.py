@@ -1,0 +1,31 @@
+"""What the trainer is given: packed documents in one flat row of tokens."""
+
+from typing import NamedTuple
+
+import torch
+
+NOT_SCORED = -100  # torch's cross_entropy leaves this target out
+
+
+class Batch(NamedTuple):
+    """One micro-batch of `sequences * seq_len = T` tokens, holding N documents (or pieces of some).
+
+    tokens      int64 [T]
+    targets     int64 [T], the token that follows in the same text; NOT_SCORED in padding
+    positions   int64 [T], 0, 1, 2, … from the first token of each document
+    cu_seqlens  int32 [N + 1], where each document starts; the last entry is T
+    max_seqlen  length of the longest document, in tokens
+
+    Padding is a document of its own, so attention never mixes it with text.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`."""
+        *tensors, max_seqlen = self
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), max_seqlen)

@@ -1,0 +1,140 @@
+"""Config groups as small dataclasses: a key that nothing reads is an error, not a typo to live with.
+
+    >>> from_config(TokenizerConfig, {"vocab_sise": 4096}, "tokenizer")
+    ValueError: tokenizer.vocab_sise: unknown key; did you mean tokenizer.vocab_size?
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]  # the repository
+Config = TypeVar("Config")
+NAMES = {NoneType: "null", str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Exactly one of the two is set."""
+
+    path: str | None = None
+    fraction: float | None = None
+
+    def __post_init__(self):
+        if (self.path is None) == (self.fraction is None):
+            raise ValueError(
+                "data.validation: set exactly one of path (a file, folder or glob of its own) and "
+                "fraction (the share of documents to hold out); null stands for not set"
+            )
+        if self.fraction is not None and not 0 < self.fraction < 1:
+            raise ValueError(f"data.validation.fraction: {self.fraction} isn't between 0 and 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    name: str
+    path: str
+    validation: ValidationConfig
+    text_field: str = "text"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Exactly one of the two is set."""
+
+    vocab_size: int | None = None
+    path: str | None = None
+
+    def __post_init__(self):
+        if (self.vocab_size is None) == (self.path is None):
+            raise ValueError(
+                "tokenizer: set exactly one of vocab_size (train one on the data) and path "
+                "(load a tokenizer.json)"
+            )
+
+
+def from_config(cls: type[Config], mapping: Mapping, where: str) -> Config:
+    """Builds the dataclass `cls` from a config group.
+
+    Args:
+        cls: a dataclass; its fields may be plain types, `X | None`, Literal or dataclasses.
+        mapping: a dict or a DictConfig (resolved here).
+        where: the group's name, for messages: "data", "data.validation".
+
+    Raises:
+        ValueError: an unknown key, a missing key or a value of the wrong type, in one sentence.
+    """
+    if OmegaConf.is_config(mapping):
+        mapping = OmegaConf.to_container(mapping, resolve=True)
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{where}: {mapping!r} isn't a group of keys")
+    hints = get_type_hints(cls)
+    known = {field.name: field for field in fields(cls)}
+    for key in mapping:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {where}.{close[0]}?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"{where}.{key}: unknown key; {hint}")
+    values = {}
+    for name, field in known.items():
+        required = field.default is MISSING and field.default_factory is MISSING
+        value = mapping.get(name, "???" if required else field.default)
+        if value == "???":  # how a config file says "yours to set"
+            raise ValueError(f"{where}.{name}: missing; set it, as in {where}.{name}=…")
+        if name in mapping:
+            values[name] = _typed(value, hints[name], f"{where}.{name}")
+    return cls(**values)
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in options:
+        return None
+    for option in options:
+        if is_dataclass(option):
+            return from_config(option, value, where)
+        if get_origin(option) is Literal and value in get_args(option):
+            return value
+        if option is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        plain = get_origin(option) or option
+        if isinstance(plain, type) and isinstance(value, plain):
+            if isinstance(value, bool) <= (plain is bool):  # True is an int to Python, not to us
+                return value
+    choices = [choice for option in options for choice in get_args(option) or (option,)]
+    given = "null" if value is None else repr(value)
+    raise ValueError(f"{where}: {given} isn't {' or '.join(map(_spell, choices))}")
+
+
+def _spell(choice: Any) -> str:
+    if isinstance(choice, type):
+        return NAMES.get(choice, choice.__name__)
+    return repr(choice)
+
+
+def resolve_path(path: str) -> Path:
+    """Expands ~; a relative path starts at the repository root, wherever the command was typed."""
+    return ROOT / Path(path).expanduser()
+
+
+def quote_paths(arguments: list[str]) -> list[str]:
+    """Command line overrides `…path=VALUE` with the value quoted for Hydra.
+
+    Hydra's grammar takes no bare ~, brackets or commas, which paths are free to hold, and the shell
+    leaves the ~ of `data.path=~/books` alone.
+    """
+
+    def quoted(argument: str) -> str:
+        match = re.fullmatch(r"(\+{0,2}[\w.]*path)=([^'\"].*)", argument, re.DOTALL)
+        if not match or match[2] == "null":
+            return argument
+        value = match[2].replace("\\", "\\\\").replace("'", "\\'")
+        return f"{match[1]}='{value}'"
+
+    return [quoted(argument) for argument in arguments]

@@ -1,0 +1,93 @@
+"""Packed batches by number: sample i is the same tokens whoever asks, and whenever.
+
+The order is a function of (shards, seq_len, seed) alone. Ranks and accumulation steps only decide who
+asks for which samples, and the whole state of a run's data is one integer, the samples consumed.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from data.batch import NOT_SCORED, Batch
+from data.packing import PADDING, Plan, plan_epoch
+from data.shards import TokenShards
+
+
+class PackedLoader:
+    """Random access to an endless run of samples of `seq_len` tokens, reshuffled every epoch.
+
+    Attributes:
+        padding_share: the share of an epoch's tokens that is padding, 0 … 1.
+    """
+
+    def __init__(self, shards: TokenShards, seq_len: int, seed: int, eot_id: int):
+        check(shards, seq_len, eot_id)
+        self.shards, self.seq_len, self.eot_id = shards, seq_len, eot_id
+        self._plan = lru_cache(maxsize=2)(  # a batch may span the end of an epoch
+            lambda epoch: plan_epoch(shards.offsets, seq_len, seed, epoch)
+        )
+        self._num_samples = self._plan(0).num_sequences
+        self.padding_share = 1 - shards.num_tokens / (self._num_samples * seq_len)
+
+    def samples_per_epoch(self) -> int:
+        """The same in every epoch: packing depends on the lengths of the documents alone."""
+        return self._num_samples
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Samples first_sample … first_sample + count - 1 of the run, as count * seq_len tokens."""
+        pieces, sample, end = [], first_sample, first_sample + count
+        while sample < end:
+            epoch, first = divmod(sample, self._num_samples)
+            last = min(first + end - sample, self._num_samples)
+            pieces.append(_pieces(self._plan(epoch), first, last))
+            sample += last - first
+        return _assemble(self.shards.tokens, *map(np.concatenate, zip(*pieces)), self.eot_id)
+
+
+def validation_batches(
+    shards: TokenShards, seq_len: int, eot_id: int, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """One sequence of `seq_len` tokens after another, in the order of the documents.
+
+    Every token is scored once, packed as in training; max_tokens (padding counts) ends the walk
+    early, after a whole number of sequences and at least one.
+    """
+    check(shards, seq_len, eot_id)
+    plan = plan_epoch(shards.offsets, seq_len)
+    count = plan.num_sequences
+    if max_tokens is not None:
+        count = min(count, max(1, max_tokens // seq_len))
+    for i in range(count):
+        yield _assemble(shards.tokens, *_pieces(plan, i, i + 1), eot_id)
+
+
+def check(shards: TokenShards, seq_len: int, eot_id: int) -> None:
+    if seq_len < 2:
+        raise ValueError(f"seq_len={seq_len}: a sequence needs at least 2 tokens")
+    if shards.tokens[0] != eot_id:
+        raise ValueError(
+            f"{shards.folder}: its documents start with token {shards.tokens[0]} where this tokenizer "
+            f"has {eot_id} for end of text: the shards were made with another tokenizer"
+        )
+
+
+def _pieces(plan: Plan, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+    pieces = slice(plan.first_piece[first], plan.first_piece[last])
+    return plan.start[pieces], plan.length[pieces]
+
+
+def _assemble(tokens: np.ndarray, start: np.ndarray, length: np.ndarray, eot_id: int) -> Batch:
+    ends = np.cumsum(length)
+    positions = np.arange(ends[-1]) - np.repeat(ends - length, length)
+    index = np.repeat(start, length) + positions
+    padding = np.repeat(start == PADDING, length)
+    index[padding] = 0
+    # Documents lie one after another, each opened by the end-of-text that closes the one before, so
+    # the next token in the file is the target everywhere: inside, at a cut, and at the end.
+    inputs = tokens.take(index).astype(np.int64)
+    targets = tokens.take(index + 1).astype(np.int64)
+    inputs[padding], targets[padding] = eot_id, NOT_SCORED
+    cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
+    return Batch(*map(torch.from_numpy, (inputs, targets, positions, cu_seqlens)), int(length.max()))
