@@ -1,7 +1,7 @@
-"""Config groups as small dataclasses: a key that nothing reads is an error, not a typo to live with.
+"""Config groups as small dataclasses, so that a key that nothing reads is an error.
 
-    >>> from_config(TokenizerConfig, {"vocab_sise": 4096}, "tokenizer")
-    ValueError: tokenizer.vocab_sise: unknown key; did you mean tokenizer.vocab_size?
+>>> from_config(TokenizerConfig, {"vocab_sise": 4096}, "tokenizer")
+ValueError: tokenizer.vocab_sise: unknown key; did you mean tokenizer.vocab_size?
 """
 
 import difflib
@@ -16,7 +16,13 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]  # the repository
 Config = TypeVar("Config")
-NAMES = {NoneType: "null", str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+NAMES = {
+    NoneType: "null",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Packed batches by number: sample i is the same tokens whoever asks, and whenever.
 
-The order is a function of (shards, seq_len, seed) alone. Ranks and accumulation steps only decide who
-asks for which samples, and the whole state of a run's data is one integer, the samples consumed.
+The order is a function of (shards, seq_len, seed) alone. Ranks and accumulation steps only decide
+who asks for which samples, and the whole state of a run's data is one integer: samples consumed.
 """
 
 from collections.abc import Iterator
@@ -43,7 +43,8 @@ class PackedLoader:
             last = min(first + end - sample, self._num_samples)
             pieces.append(_pieces(self._plan(epoch), first, last))
             sample += last - first
-        return _assemble(self.shards.tokens, *map(np.concatenate, zip(*pieces)), self.eot_id)
+        start, length = map(np.concatenate, zip(*pieces, strict=True))
+        return _assemble(self.shards.tokens, start, length, self.eot_id)
 
 
 def validation_batches(
@@ -68,8 +69,8 @@ def check(shards: TokenShards, seq_len: int, eot_id: int) -> None:
         raise ValueError(f"seq_len={seq_len}: a sequence needs at least 2 tokens")
     if shards.tokens[0] != eot_id:
         raise ValueError(
-            f"{shards.folder}: its documents start with token {shards.tokens[0]} where this tokenizer "
-            f"has {eot_id} for end of text: the shards were made with another tokenizer"
+            f"{shards.folder}: was made with another tokenizer, as its documents start with token "
+            f"{shards.tokens[0]} where end of text is {eot_id} in this one"
         )
 
 
@@ -90,4 +91,6 @@ def _assemble(tokens: np.ndarray, start: np.ndarray, length: np.ndarray, eot_id:
     targets = tokens.take(index + 1).astype(np.int64)
     inputs[padding], targets[padding] = eot_id, NOT_SCORED
     cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
-    return Batch(*map(torch.from_numpy, (inputs, targets, positions, cu_seqlens)), int(length.max()))
+    return Batch(
+        *map(torch.from_numpy, (inputs, targets, positions, cu_seqlens)), int(length.max())
+    )

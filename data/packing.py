@@ -1,9 +1,9 @@
 """The plan of an epoch: which pieces of which documents make up each sequence. Pure numpy.
 
 Documents longer than a sequence are cut into whole sequences and a rest, so nothing is lost; the
-rests and the short documents are packed by best-fit decreasing (Ding et al. 2024, "Fewer Truncations
-Improve Language Modeling", arXiv:2404.10830). How many sequences come out depends on the lengths
-alone, so every epoch of a corpus has the same number of them.
+rests and the short documents are packed by best-fit decreasing (Ding et al. 2024, "Fewer
+Truncations Improve Language Modeling", arXiv:2404.10830). How many sequences come out depends on
+the lengths alone, so every epoch of a corpus has the same number of them.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ PADDING = -1  # the `start` of a piece that holds no text
 
 
 class Plan(NamedTuple):
-    """Sequence i is the pieces first_piece[i] … first_piece[i + 1] - 1; their lengths sum to seq_len.
+    """Sequence i is the pieces first_piece[i] … first_piece[i + 1] - 1, seq_len tokens in all.
 
     start        int64 [P], a piece's first token in the token file, or PADDING (always last)
     length       int64 [P], in tokens
@@ -31,9 +31,7 @@ class Plan(NamedTuple):
         return len(self.first_piece) - 1
 
 
-def plan_epoch(
-    offsets: np.ndarray, seq_len: int, seed: int | None = None, epoch: int = 0
-) -> Plan:
+def plan_epoch(offsets: np.ndarray, seq_len: int, seed: int | None = None, epoch: int = 0) -> Plan:
     """Places every token of the corpus in exactly one sequence of `seq_len` tokens.
 
     Args:
@@ -56,8 +54,9 @@ def plan_epoch(
 
     start = np.concatenate([whole_start, rest_start, np.full(len(padded), PADDING)])
     length = np.concatenate([np.full(len(whole_start), seq_len), rest, room[padded]])
-    sequence = np.concatenate([np.arange(len(whole_start)), len(whole_start) + bins,
-                               len(whole_start) + padded])
+    sequence = np.concatenate(
+        [np.arange(len(whole_start)), len(whole_start) + bins, len(whole_start) + padded]
+    )
     rank = _ranks(sequence, start, seed, epoch)[sequence]
     pieces = np.argsort(rank, kind="stable")
     first_piece = np.concatenate([[0], np.cumsum(np.bincount(rank))])
@@ -71,15 +70,16 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
         lengths: int64 [n], each in 1 … capacity.
 
     Returns:
-        int64 [n], the bin of each item, counted from 0. Items of one length take bins in their order.
+        int64 [n], the bin of each item, counted from 0.
     """
     bins = np.empty(len(lengths), np.int64)
     order = np.argsort(-lengths, kind="stable")
     sizes, first = np.unique(-lengths[order], return_index=True)
     bins_by_room = defaultdict(list)
-    rooms = 0  # bit r is set while some bin has exactly r tokens of room: the best fit is one shift away
+    rooms = 0  # bit r is set while some bin has exactly r tokens of room: one shift finds the fit
     num_bins = 0
-    for size, item, end in zip((-sizes).tolist(), first.tolist(), [*first[1:].tolist(), len(order)]):
+    ends = [*first[1:].tolist(), len(order)]
+    for size, item, end in zip((-sizes).tolist(), first.tolist(), ends, strict=True):
         while item < end:
             if fitting := rooms >> size:
                 room = size + (fitting & -fitting).bit_length() - 1

@@ -3,8 +3,8 @@
     python data/prepare.py data=folder data.path=~/books
 
 It makes outputs/data/<name>-<key>/ with tokenizer.json, train/, validation/ (data.shards) and
-summary.json. The key is drawn from the config and from the names, sizes and times of the source files:
-asked again for the same, it opens what is there. Training calls `prepare` itself.
+summary.json. The key is drawn from the config and from the names, sizes and times of the source
+files: asked again for the same, it opens what is there. Training calls `prepare` itself.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ from data.tokenizer import (
     vocab_size,
 )
 
-VERSION = 1  # raise it when the same input gives other files
+VERSION = 2  # raise it when the same input gives other files
 TOKENIZER_BYTES = 1 << 28  # of text, enough to train a tokenizer: counts of words hardly move after
 LONG = (8 << 10, 32 << 10, 64 << 10)
 
@@ -144,7 +144,7 @@ def _describe(shards: TokenShards) -> dict:
 
 
 def _check(folder: Path) -> None:
-    """Header and sizes of both sides, and that the tokenizer beside them is the one that made them."""
+    """Header and sizes of both sides, and that the tokenizer beside them made them."""
     name = fingerprint(load_tokenizer(folder / "tokenizer.json"))
     for side in ("train", "validation"):
         if TokenShards.open(folder / side).tokenizer != name:

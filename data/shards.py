@@ -1,8 +1,8 @@
 """Token files: what is written once and then read by number for the rest of a run.
 
 A folder of three files, little-endian:
-    tokens.bin     uint16 or uint32 [num_tokens + 1]; a document is end-of-text and its tokens, and one
-                   more end-of-text closes the file, so that every token has a successor
+    tokens.bin     uint16 or uint32 [num_tokens + 1]; a document is end-of-text and its tokens, and
+                   one more end-of-text closes the file, so that every token has a successor
     documents.npy  int64 [num_documents + 1, 2]; where each document starts, in tokens and in UTF-8
                    bytes of text, and the ends of the last
     header.json    sizes and SHA-256 of the other two, the tokenizer's fingerprint, and a seal over
@@ -68,7 +68,7 @@ class TokenShards:
         return cls(folder, header, tokens, documents.view(np.ndarray))
 
     def verify(self) -> None:
-        """Reads both files in full and compares their checksums; raises ValueError naming the file."""
+        """Reads both files in full; raises ValueError naming one that isn't as it was written."""
         for name, expected in self._header["files"].items():
             with open(self.folder / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
@@ -161,7 +161,9 @@ def _existing(path: Path) -> Path:
 
 
 def _refuse(path: Path, what: str):
-    raise ValueError(f"{path} {what}; delete {path.parent.parent} and prepare the data again") from None
+    raise ValueError(
+        f"{path} {what}; delete {path.parent.parent} and prepare the data again"
+    ) from None
 
 
 def _sync(file) -> None:

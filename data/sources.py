@@ -1,7 +1,7 @@
 """Documents out of files: a file, a folder or a glob, read as a stream by Hugging Face `datasets`.
 
-A text file is one document; a row of jsonl or parquet is one. Nothing is copied, nothing is fetched,
-and whatever can't be read is named.
+A text file is one document, its line ends made plain newlines; a row of jsonl or parquet is one as
+it stands. Nothing is copied, nothing is fetched, and whatever can't be read is named.
 """
 
 import json
@@ -20,7 +20,11 @@ datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or each opening of a local 
 TEXT = """.txt .text .md .rst .tex .org .adoc .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh
 .rs .go .java .kt .scala .swift .cs .js .mjs .jsx .ts .tsx .rb .pl .pm .php .lua .r .jl .hs .ml .ex
 .erl .clj .lisp .el .f90 .sql .sh .bash .zig .nim .asm .s .cmake .proto .tcl .vim""".split()
-FORMATS = dict.fromkeys(TEXT, "text") | {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+FORMATS = dict.fromkeys(TEXT, "text") | {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+}
 COMPRESSED = (".gz", ".zst")
 READABLE = ".txt, .md, source code, .jsonl and .parquet (the first four also as .gz or .zst)"
 
@@ -35,17 +39,21 @@ def file_format(path: Path) -> str | None:
 def find_files(path: str, where: str) -> tuple[list[Path], Counter[str]]:
     """The readable files at a file, folder or glob, in a fixed order, and what else lay there.
 
-    A folder is searched to its depths; hidden files and folders in it are left alone. `where` is the
-    key the path came from, for messages. Other kinds of files are counted by suffix, not read.
+    A folder is searched to its depths; hidden files and folders in it are left alone. Files of
+    other kinds are counted by suffix. `where` is the key the path came from, for messages.
     """
     place = resolve_path(path)
     if place.is_file():
         if not file_format(place):
-            raise ValueError(f"{where}: {place} is of a kind that isn't read; these are: {READABLE}")
+            raise ValueError(
+                f"{where}: {place} is of a kind that isn't read; these are: {READABLE}"
+            )
         return [place], Counter()
     if place.is_dir():
         inside = (Path(folder, name) for folder, _, names in os.walk(place) for name in names)
-        files = [p for p in inside if not any(x.startswith(".") for x in p.relative_to(place).parts)]
+        files = [
+            p for p in inside if not any(x.startswith(".") for x in p.relative_to(place).parts)
+        ]
     else:
         files = [Path(p) for p in glob(str(place), recursive=True) if os.path.isfile(p)]
         if not files:
@@ -63,7 +71,7 @@ def read_documents(files: list[Path], text_field: str, cache_dir: Path) -> Itera
     """The documents of the files: texts first, then jsonl, then parquet, each in the given order.
 
     Args:
-        text_field: the key (jsonl) or column (parquet) that holds the text; null there is an empty text.
+        text_field: the key (jsonl) or column (parquet) with the text; null there is an empty text.
         cache_dir: where `datasets` puts its lock files.
 
     Raises:
@@ -120,8 +128,10 @@ def _stream(
     )
     for table in rows.with_format("arrow").iter(batch_size):
         if column not in table.column_names:
-            raise ValueError(f"has no column {column!r}, only {', '.join(table.column_names)}; "
-                             "name the right one with data.text_field")
+            raise ValueError(
+                f"has no column {column!r}, only {', '.join(table.column_names)}; "
+                "name the right one with data.text_field"
+            )
         yield table[column].to_pylist()
 
 
@@ -129,8 +139,10 @@ def _text_of(row: object, text_field: str) -> str:
     if not isinstance(row, dict):
         raise TypeError(f"isn't an object with a {text_field!r} key")
     if text_field not in row:
-        raise TypeError(f"has no key {text_field!r}, only {', '.join(row)}; "
-                        "name the right one with data.text_field")
+        raise TypeError(
+            f"has no key {text_field!r}, only {', '.join(row)}; "
+            "name the right one with data.text_field"
+        )
     text = row[text_field]
     if text is None:
         return ""

@@ -70,7 +70,7 @@ class Corpus:
             return Split(
                 lambda: (text[: _last_part(text, fraction)] for text in read(self.files)),
                 lambda: (text[_last_part(text, fraction) :] for text in read(self.files)),
-                f"there is one document: its last {fraction:.2%} validates, cut at the end of a line",
+                f"there is one document: its last {fraction:.2%}, from a line's start, validates",
             )
         return Split(
             lambda: (text for text in read(self.files) if content_hash(text) >= below),
@@ -88,8 +88,8 @@ def content_hash(text: str) -> int:
 def cutoff(hashes: Iterator[int], fraction: float) -> int | None:
     """The hash below which a document validates, or None when all documents are the same one.
 
-    It is fraction * 2^64, moved as little as leaves something on both sides: a document's side hangs
-    on the others only in a corpus of a few documents.
+    It is fraction * 2^64, moved as little as leaves something on both sides: only in a corpus of a
+    few documents does the side of one hang on the others.
     """
     distinct = np.unique(np.fromiter(hashes, np.uint64))
     if len(distinct) < 2:

@@ -29,11 +29,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < 257:
         raise ValueError(
-            f"tokenizer.vocab_size={vocab_size}: needs at least 257, the 256 bytes and {END_OF_TEXT}"
+            f"tokenizer.vocab_size={vocab_size}: needs 257 or more, the bytes and {END_OF_TEXT}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -50,6 +53,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Opens a tokenizer.json (or the folder that holds one), adding <|endoftext|> if it has none.
 
+    A normalizer that changes the text, such as Qwen's NFC, is taken off, and that is said.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: it isn't a tokenizer.json, or text doesn't survive it.
@@ -62,11 +67,15 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path}: isn't a tokenizer.json ({error})") from None
-    if not _is_lossless(_ours(tokenizer)):
+    if _is_lossless(_ours(tokenizer)):
+        return tokenizer
+    normalizer, tokenizer.normalizer = tokenizer.normalizer, None
+    if normalizer is None or not _is_lossless(tokenizer):
         raise ValueError(
-            f"{path}: text doesn't survive this tokenizer unchanged; a byte-level one without a "
-            "normalizer is needed, such as GPT-2's, Llama 3's or one trained here"
+            f"{path}: text doesn't survive this tokenizer unchanged; a byte-level one is needed, "
+            "such as GPT-2's, Llama 3's, Qwen's or one trained here"
         )
+    print(f"{path}: used without its normalizer {type(normalizer).__name__}, which changes text")
     return tokenizer
 
 
@@ -127,8 +136,10 @@ def encode_documents(
     end_of_text = np.array([end_of_text_id(tokenizer)], np.uint32)
     tokens, num_bytes = [end_of_text], 0
     for batch in _batches(texts):
-        encodings = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
-        for (piece, is_last), encoding in zip(batch, encodings):
+        encodings = tokenizer.encode_batch_fast(
+            [piece for piece, _ in batch], add_special_tokens=False
+        )
+        for (piece, is_last), encoding in zip(batch, encodings, strict=True):
             tokens.append(np.array(encoding.ids, np.uint32))
             num_bytes += len(piece.encode())
             if is_last:
