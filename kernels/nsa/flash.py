@@ -407,12 +407,15 @@ def _dkv_step(
     delta = delta_desc.load([(stat0 + t0) * GP])
     s = tl.dot(k, q.T, input_precision="ieee")
     dp = tl.dot(v, do.T, input_precision="ieee")
+    if MASK:
+        # Beyond t_end, the statistics are whatever lies in memory.
+        t = t0 + tl.arange(0, BQ * GP) // GP
+        norm = tl.where(t < t_end, norm, float("inf"))
+        delta = tl.where(t < t_end, delta, 0.0)
     p = tl.exp2(s * scale - norm[None, :])
     if MASK:
-        t = t0 + tl.arange(0, BQ * GP) // GP
         seen = _visible(n[:, None], t[None, :], window, STRIDE, OFFSET, WINDOWED)
-        p = tl.where(seen & (t < t_end)[None, :], p, 0.0)
-        delta = tl.where(t < t_end, delta, 0.0)  # beyond, it is whatever lies in memory
+        p = tl.where(seen, p, 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")

@@ -165,6 +165,7 @@ def _scores(
     at = row[:, None] * DK + d[None, :]
     qt = tl.load(q + at, mask=ok[:, None] & (d < DK)[None, :], other=0.0)
     norm = tl.load(lse + row, mask=ok, other=float("inf")) * LOG2E
+    norm = tl.where(norm == float("-inf"), float("inf"), norm)
 
     num_rows = tl.num_programs(0) * BQ
     plane = tl.num_programs(1).to(tl.int64) * num_rows * blocks
@@ -217,10 +218,12 @@ def _top_blocks(
     row = h.to(tl.int64) * num_rows + out_row + i
     at = scores + row[:, None] * blocks + j
     plane = tl.num_programs(1).to(tl.int64) * num_rows * blocks
+    # What was never written is loaded too, up to a multiple of 16, to keep the loads wide.
+    limit = tl.minimum(tl.cdiv(tl.max(written) + PLANES - 1, 16) * 16, blocks)
     importance = tl.zeros([ROWS, WIDTH], tl.float32)
     for s in tl.static_range(PLANES):
-        ok = (j >= s) & (j - s < written)
-        importance += tl.load(at + s * plane, mask=ok, other=0.0)
+        score = tl.load(at + s * plane, mask=j < limit, other=0.0)
+        importance += tl.where((j >= s) & (j - s < written), score, 0.0)
 
     # Forced blocks take the first slots; the others compete. Non-negative floats order like the
     # integers with the same bits, and integers reduce in one instruction.
