@@ -116,9 +116,7 @@ def _window_backward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(q).window_backward(
-        do, q, k, v, o, lse, cu_seqlens, max_seqlen, window, scale
-    )
+    return _backend(q).window_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, window, scale)
 
 
 @_window_backward.register_fake

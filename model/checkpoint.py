@@ -29,7 +29,9 @@ class Checkpoint(NamedTuple):
     path: Path
 
 
-def save_weights(folder: Path, weights: dict[str, torch.Tensor], config: dict, tokenizer: Tokenizer):
+def save_weights(
+    folder: Path, weights: dict[str, torch.Tensor], config: dict, tokenizer: Tokenizer
+):
     """Write what load_checkpoint reads; tied weights appear once."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.detach().contiguous().cpu() for name, w in weights.items()}

@@ -126,9 +126,7 @@ class Decoder(nn.Module):
         x = self.hidden(tokens, positions, cu_seqlens, max_seqlen)
         if targets is None:
             return self.logits(x)
-        return linear_cross_entropy(
-            x, self.output_weight, targets, self.z_loss, self.logit_softcap
-        )
+        return linear_cross_entropy(x, self.output_weight, targets, self.z_loss, self.logit_softcap)
 
     def hidden(
         self,

@@ -54,7 +54,7 @@ class Rotary(nn.Module):
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn x [T, heads, D] by its positions; the arithmetic is fp32, the result has x's dtype."""
     cos, sin = (r[:, None] for r in rope)
-    a, b = x.float().chunk(2, -1)
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 

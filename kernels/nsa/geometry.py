@@ -90,7 +90,9 @@ class Geometry:
         counts = self.num_compressed(cu_seqlens.diff())
         return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
 
-    def block_tokens(self, cu_seqlens: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def block_tokens(
+        self, cu_seqlens: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token rows of each compressed row: int64 [C, l], and bool [C], false on unused rows.
 
         Unused rows point at token 0. Works on the device, without synchronisation.

@@ -23,10 +23,9 @@ from kernels.nsa.geometry import Geometry
 # Elements of one tile's score matrix. 4M fp32 logits are 16 MB: a few such temporaries stay close
 # to the cache and are nothing beside the activations.
 TILE_SCORES = 1 << 22
-MAX_TILE_QUERIES = 512
-# A tile of the selected branch visits the union of its queries' blocks. Fewer queries mean a
-# smaller union but more tiles; 64 balances the two at long context.
-SELECTED_TILE_QUERIES = 64
+# More queries a tile mean fewer tiles, but more keys that only some of them see: outside the window,
+# in the future, or in blocks that only the neighbours selected.
+TILE_QUERIES = 128
 
 
 class Tile(NamedTuple):
@@ -74,7 +73,7 @@ def cached_documents(
     ]
 
 
-def _spans(documents, heads, max_keys, max_queries) -> Iterator[tuple[slice, int, int, Document]]:
+def _spans(documents, heads, max_keys) -> Iterator[tuple[slice, int, int, Document]]:
     """Cut documents into runs of queries whose score matrix stays under TILE_SCORES elements.
 
     max_keys(length) bounds the keys that a query of a document of that length can see. Yields
@@ -84,7 +83,7 @@ def _spans(documents, heads, max_keys, max_queries) -> Iterator[tuple[slice, int
     for document in documents:
         start, end = document.first_position, document.first_position + document.num_queries
         step = TILE_SCORES // (heads * max(max_keys(end), 1))
-        step = max(min(max_queries, step), 1)
+        step = max(min(TILE_QUERIES, step), 1)
         for low in range(start, end, step):
             high = min(low + step, end)
             yield slice(row + low - start, row + high - start), low, high, document
@@ -93,7 +92,7 @@ def _spans(documents, heads, max_keys, max_queries) -> Iterator[tuple[slice, int
 
 def compressed_tiles(q, documents: list[Document], geometry: Geometry) -> Iterator[Tile]:
     """Each query sees the prefix of compressed blocks that are complete at its position."""
-    spans = _spans(documents, q.shape[1], geometry.num_compressed, MAX_TILE_QUERIES)
+    spans = _spans(documents, q.shape[1], geometry.num_compressed)
     for rows, low, high, document in spans:
         visible = geometry.num_visible(torch.arange(low, high, device=q.device))
         columns = torch.arange(geometry.num_visible(high - 1), device=q.device)
@@ -106,9 +105,9 @@ def window_tiles(q, documents: list[Document], window: int) -> Iterator[Tile]:
     """Each query sees the last `window` tokens of its document, itself included."""
 
     def max_keys(length):
-        return min(length, window + MAX_TILE_QUERIES)
+        return min(length, window + TILE_QUERIES)
 
-    for rows, low, high, document in _spans(documents, q.shape[1], max_keys, MAX_TILE_QUERIES):
+    for rows, low, high, document in _spans(documents, q.shape[1], max_keys):
         begin, first = max(low - window + 1, 0), document.key_row
         distance = torch.arange(low, high, device=q.device)[:, None]
         distance = distance - torch.arange(begin, high, device=q.device)
@@ -119,15 +118,11 @@ def window_tiles(q, documents: list[Document], window: int) -> Iterator[Tile]:
 def selected_tiles(q, indices, documents: list[Document], geometry: Geometry) -> Iterator[Tile]:
     """Each query sees the visible tokens of its blocks; a tile holds the union of its queries'."""
     size, device = geometry.select_block, q.device
-    short = SELECTED_TILE_QUERIES * geometry.num_selected * size
 
     def max_keys(length):
-        return min(length, short)
+        return min(length, TILE_QUERIES * geometry.num_selected * size)
 
-    # In a short document the union is nearly everything anyway: larger tiles are then faster.
-    longest = max((d.first_position + d.num_queries for d in documents), default=0)
-    max_queries = MAX_TILE_QUERIES if longest <= 4096 else SELECTED_TILE_QUERIES
-    for rows, low, high, document in _spans(documents, q.shape[1], max_keys, max_queries):
+    for rows, low, high, document in _spans(documents, q.shape[1], max_keys):
         chosen = indices[:, rows].long()  # [Hkv, R, n]
         num_blocks = (high - 1) // size + 1
         member = torch.zeros(*chosen.shape[:2], num_blocks + 1, dtype=torch.bool, device=device)
@@ -181,7 +176,7 @@ def _logits(q, k, tile: Tile, scale: float) -> torch.Tensor:
 
 
 def _softmax(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
-    """exp(scores - lse) in place; a row that sees nothing (lse = -inf) is zero, not NaN."""
+    """exp(scores - lse) in place; a row that sees nothing (lse = -inf) becomes zero, not NaN."""
     return scores.sub_(lse.masked_fill(lse.isneginf(), 0.0)).exp_()
 
 
@@ -196,10 +191,12 @@ def attention_forward(q, k, v, tiles: Iterator[Tile], scale: float):
             continue
         qt = _group(q[tile.rows], num_kv_heads)
         scores = _logits(qt, _heads_first(k, tile.keys), tile, scale)
-        tile_lse = scores.logsumexp(2, keepdim=True)
-        out = torch.matmul(_softmax(scores, tile_lse), _heads_first(v, tile.keys))
+        peak = scores.amax(2, keepdim=True)
+        p = _softmax(scores, peak)
+        total = p.sum(2, keepdim=True)
+        out = torch.matmul(p, _heads_first(v, tile.keys)) / total.clamp(min=1)  # empty rows: 0 / 1
         o[tile.rows] = _ungroup(out, rows).to(o.dtype)
-        lse[tile.rows] = _ungroup(tile_lse, rows)[..., 0]
+        lse[tile.rows] = _ungroup(peak + total.log(), rows)[..., 0]
     return o, lse
 
 

@@ -77,9 +77,11 @@ class Attention(nn.Module, ABC):
         cache: LayerCache | None,
     ) -> Tensor:
         """x [T, dim] and rotated queries q [T, H, D] -> [T, H, D]."""
+
     @abstractmethod
     def flops(self, tokens: int) -> int:
         """Operations of the attention proper, forward, for one document of `tokens` tokens."""
+
 
 class KeyValue(nn.Module):
     """Keys (normed, rotated) and values of one branch: x [T, dim] -> k, v [T, Hkv, D]."""

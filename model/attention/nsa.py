@@ -141,4 +141,6 @@ class NSAAttention(Attention):
         return buffer
 
     def flops(self, tokens: int) -> int:
-        return sum(attention_flops(tokens, self.num_heads, 2 * self.head_dim, self.geometry).values())
+        return sum(
+            attention_flops(tokens, self.num_heads, 2 * self.head_dim, self.geometry).values()
+        )

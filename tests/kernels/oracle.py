@@ -39,7 +39,9 @@ def attend(q, k, v, visible, scale):
     return p @ v[visible]
 
 
-def nsa(q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, geometry, scale, chosen=None):
+def nsa(
+    q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, geometry, scale, chosen=None
+):
     """Output [T, H, Dv] and the chosen sets per document; differentiable in every tensor."""
     geo, heads, kv_heads = geometry, q.shape[1], k_sel.shape[1]
     l, d, size = geo.compress_block, geo.compress_stride, geo.select_block
@@ -66,11 +68,13 @@ def nsa(q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, geometry
                 tokens = [s for s in range(t + 1) if s // size in sets[t][h]]
                 recent = [s for s in range(t + 1) if t - s < geo.window]
                 x = qd[t, head]
-                branches = torch.stack([
-                    attend(x, kc[:, h], vc[:, h], seen, scale),
-                    attend(x, ks[:, h], vs[:, h], tokens, scale),
-                    attend(x, kw[:, h], vw[:, h], recent, scale),
-                ])
+                branches = torch.stack(
+                    [
+                        attend(x, kc[:, h], vc[:, h], seen, scale),
+                        attend(x, ks[:, h], vs[:, h], tokens, scale),
+                        attend(x, kw[:, h], vw[:, h], recent, scale),
+                    ]
+                )
                 rows.append(gates[start + t, head] @ branches)
     out = torch.stack(rows).view(q.shape[0], heads, -1) if rows else q.new_zeros(q.shape)
     return out, picks

@@ -1,0 +1,170 @@
+"""The training loop, top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from data.loader import PackedLoader, validation_batches
+from data.shards import TokenShards
+from data.tokenizer import END_OF_TEXT, load_tokenizer
+from model.build import build_decoder
+from train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
+from train.config import RunConfig
+from train.engine import build_engine
+from train.telemetry import Telemetry, environment, peak_flops
+
+
+def train(
+    run: RunConfig, data_path: Path, device: torch.device, rank: int, world_size: int
+) -> Path:
+    """Train to the end of the run; returns the last checkpoint's folder. All ranks call it."""
+    # -- what the run is made of
+    tokenizer = load_tokenizer(data_path / "tokenizer.json")
+    eot = tokenizer.token_to_id(END_OF_TEXT)
+    shards = TokenShards.open(data_path / "train")
+    validation = TokenShards.open(data_path / "validation")
+    loader = PackedLoader(shards, run.train.seq_len, run.seed, eot)
+    torch.manual_seed(run.seed)  # the same weights on every rank
+    model = build_decoder(run.raw["model"], run.raw["attention"], tokenizer.get_vocab_size())
+    model.activation_checkpointing = run.train.activation_checkpointing
+    num_parameters = model.num_parameters()
+    flops_per_token = model.flops_per_token(run.train.seq_len)
+    engine = build_engine(model, run, world_size)
+    accumulation = run.accumulation(world_size)
+    sequences = run.train.micro_batch_tokens // run.train.seq_len
+    config = {**run.raw, "data_path": str(data_path)}
+
+    # -- where it stands
+    state, folder = TrainState(), run.folder
+    if found := newest_checkpoint(folder):  # train.resume was checked before we came here
+        state = load_checkpoint(found, engine)
+    if rank == 0:
+        _write_records(folder, config, data_path, environment(device), state)
+    telemetry = Telemetry(folder, config, run.log, run.num_steps, active=rank == 0)
+    say = telemetry.say
+    say(f"run         {folder}" + (f", resumed at step {state.step}" if state.step else ""))
+    say(f"model       {num_parameters / 1e6:.1f}M parameters, {run.raw['attention']['_target_']}")
+    say(f"data        {shards.num_tokens:,} tokens, {shards.num_documents:,} documents; "
+        f"padding {loader.padding_share:.1%}; validation {validation.num_tokens:,} tokens")  # fmt: skip
+    say(f"step        {run.train.batch_tokens:,} tokens = {world_size} ranks x {accumulation} passes"
+        f" x {sequences} sequences x {run.train.seq_len:,}")  # fmt: skip
+    say(f"length      {run.num_steps:,} steps, {run.num_steps * run.train.batch_tokens:,} tokens, "
+        f"{run.num_steps * run.sequences_per_step / loader.samples_per_epoch():.2f} epochs")  # fmt: skip
+    say(f"precision   {str(run.dtype).removeprefix('torch.')} on {device}, "
+        f"ZeRO-{run.parallel.zero_stage}")  # fmt: skip
+
+    # -- the loop
+    peak, last = peak_flops(device), None
+    while state.step < run.num_steps:
+        started = time.perf_counter()
+        engine.train()
+        sums = torch.zeros(2, device=device)
+        for i in range(accumulation):
+            # The global batch is the same however many ranks and passes share it.
+            first = state.samples + (i * world_size + rank) * sequences
+            batch = loader.batch(first, sequences).to(device)
+            loss = engine(*batch_inputs(batch), targets=batch.targets)
+            engine.backward(loss.objective)
+            sums += torch.stack([loss.nll_sum, loss.count])
+            progress = state.tokens / run.train.max_tokens
+            # The middle of the step's tokens, so that the first step already moves.
+            progress += run.train.batch_tokens / run.train.max_tokens / 2
+            lr = run.optimizer.lr * run.schedule.scale(progress)
+            for group in engine.optimizer.param_groups:
+                group["lr"] = lr
+            engine.step()
+        dist.all_reduce(sums)
+        nll, count = sums.tolist()  # waits for the device
+        seconds = time.perf_counter() - started
+        state.step += 1
+        state.samples += run.sequences_per_step
+        state.tokens += run.train.batch_tokens
+        state.seconds += seconds
+        metrics = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "time": round(state.seconds, 3),
+            "loss": nll / count,
+            "lr": lr,
+            "grad_norm": float(engine.get_global_grad_norm() or math.nan),
+            "tokens_per_s": run.train.batch_tokens / seconds,
+        }
+        if peak:
+            metrics["mfu"] = flops_per_token * metrics["tokens_per_s"] / peak / world_size
+            metrics["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        telemetry.record(metrics)
+        telemetry.progress(metrics, (run.num_steps - state.step) * state.seconds / state.step)
+        final = state.step == run.num_steps
+        if final or state.step % run.train.validate_every == 0:
+            scores = validate(engine, validation, run, eot, device, rank, world_size, final)
+            telemetry.record(
+                {k: metrics[k] for k in ("step", "tokens", "time")}
+                | {f"val/{k}": v for k, v in scores.items()}
+            )
+            say(f"step {state.step}  validation loss {scores['loss']:.4f} nats per token, "
+                f"{scores['bpb']:.4f} bits per byte")  # fmt: skip
+        if final or state.step % run.train.checkpoint_every == 0:
+            last = save_checkpoint(
+                folder, engine, state, config, tokenizer, run.train.keep_checkpoints
+            )
+    telemetry.close()
+    if last is None:
+        last = newest_checkpoint(folder)
+        say(f"Nothing left to do: {folder} has all its {run.num_steps} steps.")
+    say(f"checkpoint  {last}")
+    return last
+
+
+def batch_inputs(batch) -> tuple:
+    """A batch in the order of the decoder's arguments."""
+    return batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen
+
+
+@torch.no_grad()
+def validate(
+    engine, shards: TokenShards, run: RunConfig, eot: int, device, rank: int, world_size: int,
+    everything: bool,
+) -> dict[str, float]:  # fmt: skip
+    """Mean loss per token in nats, and bits per UTF-8 byte of text, over the validation split.
+
+    Reads train.validation_tokens of it, or everything. Bits per byte use the split's mean bytes per
+    token, which over the whole split is exact.
+    """
+    engine.eval()
+    limit = None if everything else run.train.validation_tokens
+    batches = list(validation_batches(shards, run.train.seq_len, eot, limit))
+    sums = torch.zeros(2, device=device, dtype=torch.float64)
+    for start in range(0, len(batches), world_size):
+        # Every rank makes the same number of passes: ZeRO-3 gathers parameters in each.
+        mine = start + rank
+        batch = batches[min(mine, len(batches) - 1)].to(device)
+        loss = engine(*batch_inputs(batch), targets=batch.targets)
+        if mine < len(batches):
+            sums += torch.stack([loss.nll_sum, loss.count])
+    dist.all_reduce(sums)
+    nll, count = sums.tolist()
+    bytes_per_token = shards.num_bytes / shards.num_tokens
+    return {"loss": nll / count, "bpb": nll / count / math.log(2) / bytes_per_token}
+
+
+def _write_records(folder: Path, config: dict, data_path: Path, env: dict, state: TrainState):
+    """config.yaml, environment.json and the data's summary; drops records past the resumed step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "environment.json").write_text(json.dumps(env, indent=1))
+    shutil.copy(data_path / "summary.json", folder / "data_summary.json")
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        lines = metrics.read_text().splitlines(keepends=True)
+        kept = [
+            line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.step
+        ]
+        metrics.write_text("".join(kept))

@@ -1,0 +1,39 @@
+"""Pretrain a decoder: python train/pretrain.py +experiment=quickstart
+
+Prepares the data if that has not been done, trains, and leaves everything in outputs/<name>.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repo's root
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from data.config import quote_paths
+from data.prepare import prepare
+from train.checkpoint import check_resume
+from train.config import check_config
+from train.engine import start_process_group
+from train.loop import train
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="config")
+def main(config: DictConfig) -> None:
+    try:
+        run = check_config(OmegaConf.to_container(config, resolve=True))
+        check_resume(run.folder, run.train.resume, run.raw)
+        device, rank, world_size = start_process_group(run.device)
+        run.accumulation(world_size)
+        data_path = prepare(run.raw["data"], run.raw["tokenizer"])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    train(run, data_path, device, rank, world_size)
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = quote_paths(sys.argv[1:])
+    main()

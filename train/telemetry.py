@@ -1,0 +1,120 @@
+"""What a run tells: metrics.jsonl always, W&B as a view of it, a line or a bar for the person."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from train.config import LogConfig
+
+# Dense bf16 peak in FLOP/s, from the makers' data sheets.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The card's bf16 peak, where known; without it no MFU is reported."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAK_FLOPS.items() if card in name), None)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, for the report."""
+    packages = ("torch", "triton", "deepspeed", "datasets", "tokenizers", "hydra-core", "wandb")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    hardware = f"{platform.machine()}, {os.cpu_count()} cores"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    return {"python": platform.python_version(), **found, "device": hardware, "commit": commit}
+
+
+class Telemetry:
+    """Rank 0's records; on other ranks every method does nothing."""
+
+    def __init__(self, folder: Path, config: dict, log: LogConfig, num_steps: int, active: bool):
+        self.active, self.every = active, log.every
+        self.wandb = self.bar = self.file = None
+        if not active:
+            return
+        self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # whole lines, at once
+        self.wandb = _start_wandb(folder, config, log)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True)
+        self.num_steps = num_steps
+
+    def say(self, text: str) -> None:
+        """A line for the person."""
+        if self.active:
+            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+
+    def record(self, metrics: dict) -> None:
+        """One line of metrics.jsonl; `step` is among the metrics."""
+        if not self.active:
+            return
+        self.file.write(json.dumps(metrics) + "\n")
+        if self.wandb:
+            try:
+                self.wandb.log(metrics, step=metrics["step"])
+            except Exception as error:  # a view must never stop the run
+                self.say(f"W&B stopped: {error}")
+                self.wandb = None
+
+    def progress(self, metrics: dict, seconds_left: float) -> None:
+        """Move the bar, or print a line every log.every steps and at the end."""
+        if not self.active:
+            return
+        step = metrics["step"]
+        text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tok/s"
+        if "mfu" in metrics:
+            text += f"  MFU {metrics['mfu']:.1%}"
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix_str(text)
+        elif step % self.every == 0 or step in (1, self.num_steps):
+            left = f"{seconds_left // 60:.0f}m{seconds_left % 60:02.0f}s"
+            print(f"step {step}/{self.num_steps}  {text}  {left} left", flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb:
+            self.wandb.finish(quiet=True)
+        if self.file:
+            self.file.close()
+
+
+def _start_wandb(folder: Path, config: dict, log: LogConfig):
+    """A W&B run in the run's folder, or None: a missing server or key never stops training."""
+    mode = log.wandb
+    if mode == "auto":
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+
+        os.environ.setdefault("WANDB_SILENT", "true")
+        return wandb.init(
+            project=log.wandb_project, name=config["name"], config=config, dir=str(folder),
+            mode=mode,
+        )  # fmt: skip
+    except Exception as error:
+        print(f"W&B is off for this run ({error}); metrics.jsonl has everything.", flush=True)
+        return None
