@@ -52,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = logits.sub_(lse[:, None]).exp_()  # softmax
             grad.mul_((1 + 2 * z_loss * lse)[:, None])
             grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
-            grad.mul_((scored / rows)[:, None])
+            grad.mul_((scored.to(wide) / rows)[:, None])
             if softcap:
                 grad.mul_(1 - squashed.square_())
             grad = grad.to(hidden.dtype)

@@ -34,6 +34,7 @@ def gated_pool(
     The weight of a token is the softmax over the block of score [T, Hkv] plus position [l, Hkv].
     A plain mean washes a rare token out; this can keep it.
     """
-    logits = gather_blocks(score, cu_seqlens, geometry).float() + position.float()
+    wide = torch.promote_types(x.dtype, torch.float32)
+    logits = gather_blocks(score, cu_seqlens, geometry).to(wide) + position.to(wide)
     weight = logits.softmax(1).to(x.dtype)
     return (gather_blocks(x, cu_seqlens, geometry) * weight[..., None]).sum(1)
