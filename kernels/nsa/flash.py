@@ -166,8 +166,10 @@ def _shape(q, k, v, keys: Keys) -> dict[str, int | bool]:
 
 
 def _key_tiles(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Tiles [rows, 1, D] of x [N, Hkv, D]."""
+    """Tiles of `rows` keys of one head of x [N, Hkv, D], for _load_keys."""
     dim = max(triton.next_power_of_2(x.shape[2]), 16)
+    if dim == x.shape[2]:
+        return TensorDescriptor.from_tensor(x.flatten(1), [rows, dim])
     return TensorDescriptor.from_tensor(x, [rows, 1, dim])
 
 
@@ -175,6 +177,15 @@ def _query_tiles(x: torch.Tensor, queries: int, group: int) -> TensorDescriptor:
     """Tiles [queries, group, D] of x [T, H, D]."""
     dim = max(triton.next_power_of_2(x.shape[2]), 16)
     return TensorDescriptor.from_tensor(x, [queries, group, dim])
+
+
+@triton.jit
+def _load_keys(desc, row, h, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """[ROWS, DP] from `row` on, columns past D zero."""
+    if D == DP:
+        return desc.load([row, h * D])
+    else:
+        return desc.load([row, h, 0]).reshape(ROWS, DP)
 
 
 @triton.jit
@@ -220,15 +231,16 @@ def _key_steps(
 @triton.jit
 def _softmax_step(
     q, k_desc, v_desc, m, l, acc, n0, t, key0, h, window, scale,
+    DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
-    DKP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
+    BN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: q [M, DKP] against keys n0 .. n0 + BN - 1.
 
     m [M] is the running maximum of scale * logits in base 2, finite from the start so that a row
     that sees nothing meets no inf - inf.
     """
-    k = k_desc.load([key0 + n0, h, 0]).reshape(BN, DKP)
+    k = _load_keys(k_desc, key0 + n0, h, BN, DK, DKP)
     s = tl.dot(q, k.T, input_precision="ieee")
     if MASK:
         n = n0 + tl.arange(0, BN)
@@ -239,7 +251,7 @@ def _softmax_step(
     p = tl.exp2(s * scale - new_m[:, None])
     l = l * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
-    v = v_desc.load([key0 + n0, h, 0]).reshape(BN, DVP)
+    v = _load_keys(v_desc, key0 + n0, h, BN, DV, DVP)
     acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
     return new_m, l, acc
 
@@ -283,18 +295,18 @@ def _forward(
             n0 = begin + tl.where(i < full_begin, i, i + full_end - full_begin) * BN
             m, l, acc = _softmax_step(
                 qt, k_desc, v_desc, m, l, acc, n0, t, key0, h, window, scale_log2,
-                STRIDE, OFFSET, WINDOWED, DKP, DVP, BN, True,
+                DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, True,
             )  # fmt: skip
         for i in range(full_begin, full_end):
             m, l, acc = _softmax_step(
                 qt, k_desc, v_desc, m, l, acc, begin + i * BN, t, key0, h, window, scale_log2,
-                STRIDE, OFFSET, WINDOWED, DKP, DVP, BN, False,
+                DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, False,
             )  # fmt: skip
     else:
         for i in range(0, steps):
             m, l, acc = _softmax_step(
                 qt, k_desc, v_desc, m, l, acc, begin + i * BN, t, key0, h, window, scale_log2,
-                STRIDE, OFFSET, WINDOWED, DKP, DVP, BN, True,
+                DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, True,
             )  # fmt: skip
 
     some = l > 0
@@ -308,11 +320,12 @@ def _forward(
 @triton.jit
 def _dq_step(
     q, do, k_desc, v_desc, lse, delta, acc, n0, t, key0, h, window, scale,
+    DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
-    DKP: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
+    BN: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    k = k_desc.load([key0 + n0, h, 0]).reshape(BN, DKP)
-    v = v_desc.load([key0 + n0, h, 0]).reshape(BN, DVP)
+    k = _load_keys(k_desc, key0 + n0, h, BN, DK, DKP)
+    v = _load_keys(v_desc, key0 + n0, h, BN, DV, DVP)
     s = tl.dot(q, k.T, input_precision="ieee")
     dp = tl.dot(do, v.T, input_precision="ieee")
     p = tl.exp2(s * scale - lse[:, None])
@@ -373,18 +386,18 @@ def _dq(
             n0 = begin + tl.where(i < full_begin, i, i + full_end - full_begin) * BN
             acc = _dq_step(
                 qt, dot, k_desc, v_desc, norm, dl, acc, n0, t, key0, h, window, scale_log2,
-                STRIDE, OFFSET, WINDOWED, DKP, DVP, BN, True,
+                DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, True,
             )  # fmt: skip
         for i in range(full_begin, full_end):
             acc = _dq_step(
                 qt, dot, k_desc, v_desc, norm, dl, acc, begin + i * BN, t, key0, h, window,
-                scale_log2, STRIDE, OFFSET, WINDOWED, DKP, DVP, BN, False,
+                scale_log2, DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, False,
             )  # fmt: skip
     else:
         for i in range(0, steps):
             acc = _dq_step(
                 qt, dot, k_desc, v_desc, norm, dl, acc, begin + i * BN, t, key0, h, window,
-                scale_log2, STRIDE, OFFSET, WINDOWED, DKP, DVP, BN, True,
+                scale_log2, DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, True,
             )  # fmt: skip
     tl.store(dq + row[:, None] * DK + dk[None, :], (acc * scale).to(dq.dtype.element_ty), mask=k_mask)
 

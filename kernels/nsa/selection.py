@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.nsa.flash import LOG2E, _key_steps, _key_tiles, _num_complete, _visible
+from kernels.nsa.flash import LOG2E, _key_steps, _key_tiles, _load_keys, _num_complete, _visible
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.tiles import tile_map
 
@@ -108,7 +108,7 @@ def _score_step(
     BJ: tl.constexpr = BN // RP
     if R == RP:
         n = n0 + tl.arange(0, BN)
-        k = k_desc.load([key0 + n0, h, 0]).reshape(BN, DKP)
+        k = _load_keys(k_desc, key0 + n0, h, BN, DK, DKP)
         there = n < count
     else:
         # R keys of each selection block and padding after them.
