@@ -140,7 +140,7 @@ def quote_paths(arguments: list[str]) -> list[str]:
         match = re.fullmatch(r"(\+{0,2}[\w.]*path)=([^'\"].*)", argument, re.DOTALL)
         if not match or match[2] == "null":
             return argument
-        value = match[2].replace("\\", "\\\\").replace("'", "\\'")
-        return f"{match[1]}='{value}'"
+        value = re.sub(r"\\+(?='|\Z)", lambda run: 2 * run[0], match[2])
+        return "{}='{}'".format(match[1], value.replace("'", r"\'"))
 
     return [quoted(argument) for argument in arguments]

@@ -78,8 +78,9 @@ def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     bins_by_room = defaultdict(list)
     rooms = 0  # bit r is set while some bin has exactly r tokens of room: one shift finds the fit
     num_bins = 0
-    ends = [*first[1:].tolist(), len(order)]
-    for size, item, end in zip((-sizes).tolist(), first.tolist(), ends, strict=True):
+    end_of_size = np.append(first, len(order))[1:]
+    runs = np.stack([-sizes, first, end_of_size], axis=1)  # of equal lengths, longest first
+    for size, item, end in runs.tolist():
         while item < end:
             if fitting := rooms >> size:
                 room = size + (fitting & -fitting).bit_length() - 1

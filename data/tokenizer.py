@@ -67,7 +67,13 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path}: isn't a tokenizer.json ({error})") from None
-    if _is_lossless(_ours(tokenizer)):
+    ids = _ours(tokenizer).get_vocab().values()
+    if len(set(ids)) < len(ids):  # the library gives a new token the count of tokens for its id
+        raise ValueError(
+            f"{path}: has gaps between its ids, so {END_OF_TEXT} got one that is taken; "
+            "write it into the file with an id of its own"
+        )
+    if _is_lossless(tokenizer):
         return tokenizer
     normalizer, tokenizer.normalizer = tokenizer.normalizer, None
     if normalizer is None or not _is_lossless(tokenizer):
@@ -88,12 +94,12 @@ def _ours(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _is_lossless(tokenizer: Tokenizer) -> bool:
-    """Tries every byte of UTF-8, letters in two spellings, white space at both ends, and a cut."""
+    """Tries every byte of UTF-8, letters in two spellings, white space at the ends, and cuts."""
     everything = "".join(map(chr, [*range(0x800), *range(0x800, 0x110000, 0xFFF)]))
     everything = everything.encode("utf-8", "ignore").decode()  # without lone surrogates
-    halves = [" \n e\u0301 \u00e9 \ufb01  Ab\r\n", f"  {END_OF_TEXT} don't \t{everything} "]
-    ids = [i for half in halves for i in tokenizer.encode(half, add_special_tokens=False).ids]
-    return tokenizer.decode(ids, skip_special_tokens=False) == "".join(halves)
+    pieces = ["Abc e\u0301 \u00e9 \ufb01 \r\n", f"  {END_OF_TEXT} don't \t{everything}", "end  \n"]
+    ids = [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False).ids]
+    return tokenizer.decode(ids, skip_special_tokens=False) == "".join(pieces)
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

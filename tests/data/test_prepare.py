@@ -1,0 +1,255 @@
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+import data.prepare
+from data.config import ROOT
+from data.prepare import prepare
+from data.shards import TokenShards
+from data.split import cutoff
+from data.tokenizer import load_tokenizer
+
+BPE = {"vocab_size": 300}
+
+
+@pytest.fixture
+def books(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(f"Book {i}.\n" + f"It is the book of number {i}.\n" * i)
+    return folder
+
+
+def config(source, **validation):
+    return {"name": "mine", "path": str(source), "validation": validation or {"fraction": 0.2}}
+
+
+def texts(folder, side):
+    shards = TokenShards.open(folder / side)
+    tokenizer = load_tokenizer(folder)
+    assert shards.num_bytes == sum(map(shards.document_bytes, range(shards.num_documents)))
+    return [tokenizer.decode(shards.document(i)[1:]) for i in range(shards.num_documents)]
+
+
+def visible(root):
+    return sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+
+
+def test_every_text_is_on_one_side(books, tmp_path, capsys):
+    (books / "blank.txt").write_text(" \n")
+    (books / "cover.png").write_bytes(b"")
+    folder = prepare(config(books), BPE, tmp_path / "out")
+    train, validation = texts(folder, "train"), texts(folder, "validation")
+    assert train and validation
+    written = [file.read_text() for file in books.glob("[0-9]*.txt")]
+    assert Counter(train + validation) == Counter(written)
+    assert not set(train) & set(validation)
+
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["train"]["documents"] == len(train)
+    assert summary["validation"]["bytes"] == sum(map(len, validation))
+    assert "hash" in summary["split"]
+    out = capsys.readouterr().out
+    assert "bytes per token" in out and summary["split"] in out
+    assert "left out, not a kind that is read: 1 .png" in out
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "summary.json", "tokenizer.json", "train", "validation",
+    ]  # fmt: skip
+
+
+def test_preparing_twice_does_nothing(books, tmp_path, monkeypatch, capsys):
+    first = prepare(config(books), BPE, tmp_path / "out")
+    capsys.readouterr()
+    monkeypatch.setattr(data.prepare, "_build", None)
+    assert prepare(config(books), BPE, tmp_path / "out") == first
+    assert "documents" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    prepare(config(books), BPE, tmp_path / "out")
+    assert capsys.readouterr().out == ""
+
+
+def test_what_changes_the_result_changes_the_folder(books, tmp_path):
+    def folder(data=None, tokenizer=BPE):
+        return prepare(data or config(books), tokenizer, tmp_path / "out")
+
+    folders = {folder(), folder(tokenizer={"vocab_size": 290}), folder(config(books, fraction=0.5))}
+    (books / "0.txt").write_text("Another book 0.\n")
+    folders.add(folder())
+    folders.add(folder(tokenizer={"path": str(folder() / "tokenizer.json")}))
+    assert len(folders) == 5
+
+
+def test_an_existing_tokenizer_is_used(books, tmp_path):
+    first = prepare(config(books), BPE, tmp_path / "out")
+    second = prepare(config(books), {"path": str(first)}, tmp_path / "out")
+    assert (second / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
+    assert texts(second, "train") == texts(first, "train")
+
+
+def test_validation_of_its_own_never_trains(books, tmp_path):
+    held_out = config(books, path=str(books / "1?.txt"))
+    folder = prepare(held_out, BPE, tmp_path / "out")
+    assert len(texts(folder, "train")) == len(texts(folder, "validation")) == 10
+    assert set(texts(folder, "validation")) == {p.read_text() for p in books.glob("1?.txt")}
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        prepare(config(books / "1.txt", path=str(books)), BPE, tmp_path / "out")
+
+
+def test_one_document_is_cut_at_a_line(tmp_path):
+    lines = [f"Line {i} of the only book there is.\n" for i in range(200)]
+    (tmp_path / "book.txt").write_text("".join(lines))
+    folder = prepare(config(tmp_path / "book.txt", fraction=0.1), BPE, tmp_path / "out")
+    (train,), (validation,) = texts(folder, "train"), texts(folder, "validation")
+    assert train + validation == "".join(lines)
+    assert train.endswith("\n") and validation.startswith("Line 1")
+    assert len(validation) / len(train + validation) == pytest.approx(0.1, abs=0.01)
+
+
+def test_rows_of_jsonl_are_documents(tmp_path):
+    rows = [{"body": f"Row {i} is text.", "id": i} for i in range(300)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    raw = config(tmp_path / "rows.jsonl", fraction=0.1) | {"text_field": "body"}
+    folder = prepare(raw, BPE, tmp_path / "out")
+    train, validation = texts(folder, "train"), texts(folder, "validation")
+    assert len(train) + len(validation) == 300 and 10 < len(validation) < 60
+
+
+def test_the_cutoff_leaves_something_on_both_sides():
+    assert cutoff(iter([]), 0.5) is None and cutoff(iter([7, 7]), 0.5) is None
+    assert cutoff(iter([2**63, 2**64 - 1]), 0.1) == 2**63 + 1  # none was drawn: the lowest is
+    assert cutoff(iter([1, 5]), 0.9) == 5  # all were drawn: the highest isn't
+    assert cutoff(iter([1, 2**64 - 1]), 0.25) == 2**62
+
+
+def test_the_embedded_novels(tmp_path):
+    """The split that the README of data/austen states."""
+    novels = {
+        "name": "austen",
+        "path": "data/austen/*.txt",
+        "validation": {"path": "data/austen/northanger_abbey.txt"},
+    }
+    folder = prepare(novels, {"vocab_size": 1024}, tmp_path)
+    assert [text[:19].strip() for text in texts(folder, "train")] == [
+        "EMMA\n\nBy Jane Auste", "PRIDE AND PREJUDICE", "SENSE AND SENSIBILI",
+    ]  # fmt: skip
+    novel = (ROOT / "data/austen/northanger_abbey.txt").read_text()
+    assert texts(folder, "validation") == [novel]
+    shards = TokenShards.open(folder / "train")
+    assert shards.offsets[1:].tolist() == sorted(set(shards.offsets[1:].tolist()))
+    assert (shards.offsets[1:] - shards.offsets[:-1] > 64 << 10).all()
+
+
+@pytest.mark.parametrize(
+    "broken", ["train_tokenizer", "encode_documents", "ShardWriter", "_describe"]
+)
+def test_an_error_in_the_middle_leaves_nothing(books, tmp_path, monkeypatch, broken):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.prepare, broken, fail)
+        prepare(config(books), BPE, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir() if not p.name.endswith(".lock")] == []
+    prepare(config(books), BPE, tmp_path / "out")
+
+
+def test_killed_in_the_middle_it_starts_again(books, tmp_path):
+    """Killed outright after it has written half the training side, and then asked again."""
+    script = f"""
+import os, signal, data.prepare
+encode = data.prepare.encode_documents
+def encode_half(*arguments):
+    for i, document in enumerate(encode(*arguments)):
+        if i == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield document
+data.prepare.encode_documents = encode_half
+data.prepare.prepare({config(books)!r}, {BPE!r}, {str(tmp_path / "out")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60)
+    assert done.returncode == -9
+    assert visible(tmp_path / "out") == []
+    assert any(path.name.endswith(".partial") for path in (tmp_path / "out").iterdir())
+
+    folder = prepare(config(books), BPE, tmp_path / "out")
+    assert not any(path.name.endswith(".partial") for path in (tmp_path / "out").iterdir())
+    assert len(texts(folder, "train") + texts(folder, "validation")) == 20
+
+
+def test_many_may_prepare_at_once(books, tmp_path):
+    script = f"import data.prepare as p; p.prepare({config(books)!r}, {BPE!r}, {str(tmp_path / 'out')!r})"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=ROOT,
+            env=os.environ | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    assert [bool(output) for output in outputs] == [True, False, False]
+    assert len(visible(tmp_path / "out")) == 1
+
+
+def test_a_damaged_folder_is_named(books, tmp_path):
+    folder = prepare(config(books), BPE, tmp_path / "out")
+    tokens = folder / "train" / "tokens.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=f"{tokens} has .* delete {folder} and prepare"):
+        prepare(config(books), BPE, tmp_path / "out")
+
+
+def test_a_changed_tokenizer_is_noticed(books, tmp_path):
+    folder = prepare(config(books), BPE, tmp_path / "out")
+    other = prepare(config(books), {"vocab_size": 265}, tmp_path / "out")
+    (folder / "tokenizer.json").write_text((other / "tokenizer.json").read_text())
+    with pytest.raises(ValueError, match="wasn't made by the tokenizer.json beside it"):
+        prepare(config(books), BPE, tmp_path / "out")
+
+
+def test_no_text_is_said(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(ValueError, match="empty.txt holds no text"):
+        prepare(config(tmp_path / "empty.txt"), BPE, tmp_path / "out")
+
+
+def run_script(*overrides, home):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "data" / "prepare.py"), *overrides],
+        cwd=home,
+        env=os.environ | {"HOME": str(home)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_the_command(books, tmp_path, monkeypatch):
+    """Typed as the README has it, from another folder; it touches nothing outside its root."""
+    odd = books.rename(tmp_path / "my books (2), [new]")
+    done = run_script(
+        "data=folder", f"data.path=~/{odd.name}", "tokenizer.vocab_size=300", home=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    folder = ROOT / done.stdout.split()[1]
+    try:
+        assert len(texts(folder, "train") + texts(folder, "validation")) == 20
+        assert not (tmp_path / ".cache").exists()
+    finally:
+        for path in [folder, folder.with_name(f".{folder.name}.lock")]:
+            subprocess.run(["rm", "-r", str(path)], check=True)
+
+    done = run_script("data=folder", "data.path=~/nothing", home=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        f"error: data.path: nothing at {tmp_path}/nothing (a file, folder"
+    )
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,142 @@
+import gzip
+import json
+
+import datasets
+import pytest
+import zstandard
+
+from data.sources import find_files, read_documents
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(*files, text_field="text"):
+        return list(read_documents(list(files), text_field, tmp_path / "cache"))
+
+    return read
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def rows(*texts):
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def test_a_text_file_is_one_document(tmp_path, read):
+    files = [
+        write(tmp_path / "a.txt", "one\n\ntwo — é 🎉\u2028three\x0c"),
+        write(tmp_path / "b.md", "\ufeff# windows\r\nlines\r\n"),
+        write(tmp_path / "c.py", "def f():\n\treturn 1"),
+        write(tmp_path / "d.txt", ""),
+    ]
+    assert read(*files) == [
+        "one\n\ntwo — é 🎉\u2028three\x0c",
+        "# windows\nlines\n",
+        "def f():\n\treturn 1",
+        "",
+    ]
+
+
+def test_a_row_is_one_document(tmp_path, read):
+    texts = ["first\nline", "", "été 🎉 \u2028 \r\n", "x" * 3_000_000]
+    jsonl = write(tmp_path / "a.jsonl", rows(*texts))
+    datasets.Dataset.from_dict({"text": texts, "n": [1, 2, 3, 4]}).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    assert read(jsonl) == texts
+    assert read(tmp_path / "a.parquet") == texts
+    assert read(tmp_path / "a.parquet", jsonl) == texts + texts
+
+
+def test_rows_may_differ_in_their_other_keys(tmp_path, read):
+    content = (
+        '{"text": "a", "id": 1}\n\n{"id": "two", "meta": {"x": []}, "text": "b"}\n{"text": null}'
+    )
+    assert read(write(tmp_path / "a.jsonl", content)) == ["a", "b", ""]
+
+
+def test_another_field_may_hold_the_text(tmp_path, read):
+    file = write(tmp_path / "a.jsonl", '{"content": "a", "text": 1}\n')
+    assert read(file, text_field="content") == ["a"]
+
+
+@pytest.mark.parametrize(
+    "suffix, compress", [(".gz", gzip.compress), (".zst", zstandard.ZstdCompressor().compress)]
+)
+def test_compressed_files(tmp_path, read, suffix, compress):
+    text = "one\ntwo — é\n" * 20_000
+    assert read(write(tmp_path / f"a.txt{suffix}", compress(text.encode()))) == [text]
+    jsonl = write(tmp_path / f"a.jsonl{suffix}", compress(rows(text, "b").encode()))
+    assert read(jsonl) == [text, "b"]
+
+
+@pytest.mark.parametrize("name", ["a[1].txt", "b*.txt", "c (d), é.txt", "e#?.txt", "__f/g.txt"])
+def test_names_are_names_and_not_patterns(tmp_path, read, name):
+    write(tmp_path / "a1.txt", "another")
+    write(tmp_path / "bb.txt", "another")
+    file = write(tmp_path / name, name)
+    assert find_files(str(file), "data.path")[0] == [file]
+    assert read(file) == [name]
+
+
+def test_a_folder_is_searched_to_its_depths(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/b/c.JSONL", "a.parquet", "x.tar.gz", "p.png", "q.png"):
+        write(tmp_path / name, "x")
+    for hidden in (".git/config.txt", "a/.x.txt"):
+        write(tmp_path / hidden, "x")
+    found, others = find_files(str(tmp_path), "data.path")
+    names = [str(file.relative_to(tmp_path)) for file in found]
+    assert names == ["a/b/c.JSONL", "a/z.md", "a.parquet", "b.txt"]
+    assert others == {".png": 2, ".gz": 1}
+    assert find_files(f"{tmp_path}/**/*.md", "data.path")[0] == [tmp_path / "a/z.md"]
+
+
+def test_nothing_to_read_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^data.path: nothing at .*nowhere"):
+        find_files(str(tmp_path / "nowhere"), "data.path")
+    with pytest.raises(FileNotFoundError, match=r"^data.path: nothing at .*\*.txt"):
+        find_files(str(tmp_path / "*.txt"), "data.path")
+    with pytest.raises(ValueError, match="holds no file of a kind that is read: .txt"):
+        find_files(str(tmp_path), "data.path")
+    with pytest.raises(ValueError, match="a.pdf is of a kind that isn't read"):
+        find_files(str(write(tmp_path / "a.pdf", "x")), "data.path")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("bad.txt", "caf\u00e9".encode("latin-1"), r"isn't UTF-8 \(byte 0xe9\)"),
+        ("bad.jsonl", rows("a").encode() + b'{"text": "caf\xe9"}', r"isn't UTF-8 \(byte 0xe9\)"),
+        ("bad.jsonl", rows("a") + "{oops}\n", "line 2: isn't JSON"),
+        (
+            "bad.jsonl",
+            rows("a") + '{"txt": "b"}\n',
+            "line 2: has no key 'text', only txt; .*text_field",
+        ),
+        ("bad.jsonl", '{"text": 5}', "line 1: 'text' holds int instead of text"),
+        ("bad.jsonl", '["text"]', "line 1: isn't an object with a 'text' key"),
+        ("bad.jsonl", '{"text": "\\ud800"}', "line 1: holds half a surrogate pair"),
+        ("bad.parquet", "PAR1 and nothing more", "."),
+        ("bad.txt.gz", "not compressed", "."),
+        ("bad.jsonl.zst", "not compressed", "."),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, read, name, content, message):
+    kind = name.removeprefix("bad")
+    good = write(tmp_path / f"good{kind.removesuffix('.gz').removesuffix('.zst')}", rows("a"))
+    if kind == ".parquet":
+        datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(good)
+    bad = write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=f"^{bad}: .*{message}") as caught:
+        read(good, bad, good)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_column_is_named(tmp_path, read):
+    datasets.Dataset.from_dict({"content": ["a"]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.parquet: has no column 'text', only content; name"):
+        read(tmp_path / "a.parquet")

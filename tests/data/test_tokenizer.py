@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+import data.tokenizer
+from data.tokenizer import (
+    END_OF_TEXT,
+    encode_documents,
+    end_of_text_id,
+    fingerprint,
+    load_tokenizer,
+    token_bytes,
+    train_tokenizer,
+    vocab_size,
+)
+
+ANY_TEXT = st.text(max_size=300) | st.binary(max_size=300).map(lambda b: b.decode("latin-1"))
+
+
+@given(st.lists(ANY_TEXT, min_size=1, max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_any_text_comes_back(tokenizer, texts):
+    sizes = token_bytes(tokenizer)
+    documents = list(encode_documents(tokenizer, texts))
+    assert len(documents) == len(texts)
+    for text, (tokens, num_bytes) in zip(texts, documents, strict=True):
+        assert tokens.dtype == np.uint32 and tokens[0] == end_of_text_id(tokenizer)
+        assert tokenizer.decode(tokens[1:]) == text
+        assert num_bytes == len(text.encode()) == sizes[tokens].sum()
+
+
+def test_a_text_that_spells_the_special_token_ends_nothing(tokenizer):
+    text = f"before {END_OF_TEXT} after"
+    ((tokens, _),) = encode_documents(tokenizer, [text])
+    assert (tokens == end_of_text_id(tokenizer)).sum() == 1
+    assert tokenizer.decode(tokens[1:]) == text
+
+
+@given(st.text(alphabet="ab 1.\n'é", max_size=400))
+@settings(max_examples=100, deadline=None)
+def test_pieces_have_the_tokens_of_the_whole(tokenizer, text):
+    text = "it's the fox; " * 3 + text + " the dog" * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.tokenizer, "PIECE", 16)
+        patch.setattr(data.tokenizer, "BATCH", 40)
+        documents = list(encode_documents(tokenizer, [text, "", text]))
+    for tokens, num_bytes in (documents[0], documents[2]):
+        assert tokenizer.decode(tokens[1:]) == text and num_bytes == len(text.encode())
+    assert documents[1][0].tolist() == [end_of_text_id(tokenizer)]
+
+
+def test_a_novel_in_pieces_has_the_tokens_of_the_whole(tokenizer):
+    text = "".join(f"The {i}. time, don't\tyou   know:\n\n  fox " for i in range(12_000))
+    assert len(text) > 4 * data.tokenizer.PIECE
+    ((tokens, _),) = encode_documents(tokenizer, [text])
+    assert tokens[1:].tolist() == tokenizer.encode(text).ids
+
+
+def test_text_without_spaces_is_cut_all_the_same(tokenizer):
+    text = "語" * 5 * data.tokenizer.PIECE
+    ((tokens, num_bytes),) = encode_documents(tokenizer, [text])
+    assert tokenizer.decode(tokens[1:]) == text and num_bytes == 3 * len(text)
+
+
+def test_digits_stand_alone(tokenizer):
+    ((tokens, _),) = encode_documents(tokenizer, ["1815 1815 1815"])
+    assert all(
+        len(token) == 1 or not any(c.isdigit() for c in token)
+        for token in map(tokenizer.id_to_token, tokens[1:].tolist())
+    )
+
+
+def test_saving_and_loading_changes_nothing(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = load_tokenizer(path)
+        assert fingerprint(loaded) == fingerprint(tokenizer)
+        assert loaded.encode(END_OF_TEXT).ids == tokenizer.encode(END_OF_TEXT).ids
+
+
+def test_the_fingerprint_tells_tokenizers_apart(tokenizer):
+    assert fingerprint(train_tokenizer(["abcabc abd abd"] * 9, 259)) != fingerprint(tokenizer)
+
+
+def test_training_is_reproducible():
+    texts = [f"text number {i} of many, many texts" for i in range(500)]
+    assert fingerprint(train_tokenizer(texts, 350)) == fingerprint(
+        train_tokenizer(texts[::-1], 350)
+    )
+
+
+def test_a_vocabulary_below_the_bytes_is_refused():
+    with pytest.raises(ValueError, match="vocab_size=256: needs 257 or more"):
+        train_tokenizer(["text"], 256)
+
+
+def byte_level(gap=0, **changes) -> Tokenizer:
+    """A tokenizer as others save it: without our end of text, with padding switched on."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i + gap for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.enable_truncation(8)
+    tokenizer.enable_padding(length=8)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+def test_a_foreign_tokenizer_gets_an_end_of_text(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    text = "more than eight bytes, é"
+    ((tokens, num_bytes),) = encode_documents(loaded, [text])
+    assert loaded.decode(tokens[1:]) == text and len(tokens) == 1 + num_bytes
+    assert end_of_text_id(loaded) < vocab_size(loaded) and tokens.max() < vocab_size(loaded)
+
+
+def test_a_normalizer_is_taken_off_and_that_is_said(tmp_path, capsys):
+    byte_level(normalizer=normalizers.NFC()).save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert "without its normalizer NFC" in capsys.readouterr().out
+    assert loaded.decode(loaded.encode("e\u0301").ids) == "e\u0301"
+
+
+def test_ids_with_a_gap_leave_no_room_for_end_of_text(tmp_path):
+    byte_level(gap=2).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="gaps between its ids"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+    spaces = byte_level(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True))
+    spaces.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="doesn't survive"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json: isn't a tokenizer.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing.json: no such file"):
+        load_tokenizer(tmp_path / "nothing.json")
