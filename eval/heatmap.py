@@ -26,9 +26,9 @@ def save_heatmap(results: dict, path: Path) -> None:
             grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell[score]
         image = panel.imshow(100 * grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         for (row, column), value in np.ndenumerate(grid):
-            colour = "white" if value < 0.55 else "black"
+            colour = "white" if value < 0.5 else "black"
             panel.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour)
-        chance = f"  (chance {results['chance']:.0%})" if score == "ranking" else ""
+        chance = f"  (chance {100 * results['chance']:.3g} %)" if score == "ranking" else ""
         panel.set_title(title + chance, fontsize=11)
         panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
         panel.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])

@@ -83,8 +83,6 @@ class DecoderLM:
         cache.check(cu_seqlens)
         tokens = torch.tensor(new, device=self.device)
         positions = torch.arange(past, past + len(new), device=self.device)
-        hidden = self.model.hidden(
-            tokens, positions, cu_seqlens.to(self.device), len(new), cache
-        )
+        hidden = self.model.hidden(tokens, positions, cu_seqlens.to(self.device), len(new), cache)
         cache.advance(cu_seqlens)
         return hidden

@@ -298,7 +298,7 @@ def _results(
 
 def table(results: dict) -> str:
     """Accuracy by length and by depth, for a terminal."""
-    ranking = f"ranking (chance {results['chance']:.0%})"
+    ranking = f"ranking (chance {100 * results['chance']:.3g} %)"
     return "\n".join([
         f"{'':>8}  {'samples':>7}  {'generation':<21}{ranking}",
         "  length",
@@ -352,7 +352,8 @@ def main(config: DictConfig) -> None:
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(table(results))
-    print(f"files       {run_folder(checkpoint) / 'eval' / 'needle' / checkpoint.path.name}.{{json,csv,png}}")
+    stem = run_folder(checkpoint) / "eval" / "needle" / checkpoint.path.name
+    print(f"files       {stem}.json, .csv, .png")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,334 @@
+"""A run on one page: python eval/report.py run=outputs/quickstart
+
+Reads what the run's folder holds and writes report.html into it: one file, no network, no scripts.
+What is not there yet is left out with a sentence.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
+
+import json
+import math
+import re
+import statistics
+from dataclasses import dataclass
+from html import escape
+
+import hydra
+import yaml
+from omegaconf import DictConfig
+from safetensors import safe_open
+
+from eval.baseline import write_baseline
+from eval.charts import Series, heat_table, line_chart, si, smooth
+from model.checkpoint import WEIGHTS, find_checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the report knows of a run; what is missing is empty or None."""
+
+    folder: Path
+    config: dict
+    training: list[dict]  # lines of metrics.jsonl that have a loss
+    validation: list[dict]  # and those that have a validation loss
+    needle: dict | None  # newest results of eval.needle
+    baseline: dict | None
+    environment: dict
+    data: dict
+    num_parameters: int | None
+
+    @property
+    def name(self) -> str:
+        return str(self.config.get("name") or self.folder.resolve().name)
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run's folder. Raises FileNotFoundError or ValueError with one sentence."""
+    folder = Path(folder).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise FileNotFoundError(
+            f"run={folder} is not the folder of a run: it has no config.yaml; runs are in outputs/."
+        )
+    config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
+    metrics = _metrics(folder / "metrics.jsonl")
+    needles = [_json(path) for path in (folder / "eval" / "needle").glob("*.json")]
+    return Run(
+        folder=folder,
+        config=config,
+        training=[m for m in metrics if "loss" in m],
+        validation=[m for m in metrics if "val/loss" in m],
+        needle=max(needles, key=lambda n: n["step"], default=None),
+        baseline=_baseline(folder, config),
+        environment=_json(folder / "environment.json") or {},
+        data=_json(folder / "data_summary.json") or {},
+        num_parameters=_num_parameters(folder),
+    )
+
+
+def _metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; a last line still being written is left."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    metrics = []
+    for number, line in enumerate(lines, 1):
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError:
+            if line.endswith("\n"):
+                raise ValueError(f"{path}, line {number}, is not JSON.") from None
+    return metrics
+
+
+def _json(path: Path) -> dict | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError:
+        raise ValueError(f"{path} is not JSON.") from None
+
+
+def _baseline(folder: Path, config: dict) -> dict | None:
+    """The order-2 model on the run's data, measured now if that has not been done."""
+    file, data_path = folder / "eval" / "baseline.json", config.get("data_path")
+    known = _json(file)
+    if known and data_path in (None, known.get("data_path")):
+        return known
+    if not data_path or not (Path(data_path) / "validation").is_dir():
+        return None
+    return write_baseline(data_path, file)
+
+
+def _num_parameters(folder: Path) -> int | None:
+    try:
+        weights = find_checkpoint(folder) / WEIGHTS
+    except FileNotFoundError:
+        return None
+    with safe_open(weights, framework="numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+
+
+# ---------------------------------------------------------------------------------------------------
+# The page
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write <folder>/report.html and return its path. Raises as load_run does."""
+    run = load_run(folder)
+    css = Path(__file__).with_name("report.css").read_text()
+    page = (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(run.name)}: nsa-lm</title><style>{css}</style>"
+        f"{_header(run)}{_cards(run)}{_training(run)}{_needle(run)}{_data(run)}{_setting(run)}"
+        "<footer>Written by <code>python eval/report.py</code> from the files in this folder.</footer>"
+        "</html>\n"
+    )
+    path = run.folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _header(run: Run) -> str:
+    attention = str(run.config.get("attention", {}).get("_target_", "")).rpartition(".")[2]
+    seq_len = run.config.get("train", {}).get("seq_len")
+    parts = [attention] if attention else []
+    if seq_len:
+        parts.append(f"sequences of {seq_len:,} tokens")
+    if run.training:
+        parts.append(f"step {run.training[-1]['step']:,}")
+    return f"<header><h1>{escape(run.name)}</h1><p>{escape(' · '.join(parts))}</p></header>"
+
+
+def _cards(run: Run) -> str:
+    """The headline numbers."""
+    cards = []
+    if run.validation and "val/bpb" in run.validation[-1]:
+        ours = run.validation[-1]["val/bpb"]
+        against = "bits per byte of held-out text"
+        if run.baseline:
+            theirs = run.baseline["bits_per_byte"]
+            side = "below" if ours < theirs else "above"
+            against += f"; {abs(1 - ours / theirs):.0%} {side} an order-2 model's {theirs:.3f}"
+        cards.append(("Validation", f"{ours:.3f}", against))
+    if run.needle:
+        for score, label in (("generation", "generated"), ("ranking", "ranked first")):
+            by_length = run.needle["by_length"]
+            note = ", ".join(f"{row[score]:.0%} at {row['length']:,}" for row in by_length)
+            if score == "ranking":
+                note += f"; chance is {100 * run.needle['chance']:.3g} %"
+            mean = statistics.fmean(row[score] for row in by_length)
+            cards.append((f"Needle {label}", f"{mean:.0%}", note))
+    if run.num_parameters:
+        rounded = si(float(f"{run.num_parameters:.3g}"))
+        cards.append(("Parameters", rounded, "tied matrices counted once"))
+    if run.training:
+        last = run.training[-1]
+        speed = statistics.median(m["tokens_per_s"] for m in run.training)
+        notes = [f"median of {len(run.training):,} steps"]
+        if "mfu" in last:
+            notes.append(f"MFU {statistics.median(m.get('mfu', 0) for m in run.training):.1%}")
+        if "memory_gb" in last:
+            notes.append(f"{max(m.get('memory_gb', 0) for m in run.training):.1f} GB at most")
+        cards.append(("Tokens per second", f"{speed:,.0f}", ", ".join(notes)))
+        cards.append(("Training time", _duration(last["time"]), f"{last['tokens']:,} tokens"))
+    body = "".join(
+        f'<div class="card"><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>'
+        for a, b, c in cards
+    )
+    return f'<div class="cards">{body}</div>'
+
+
+def _training(run: Run) -> str:
+    def of(key: str, lines: list[dict] = run.training) -> list[tuple[float, float]]:
+        return [(m["tokens"], m[key]) for m in lines if m.get(key) is not None]
+
+    if not run.training:
+        return _missing("Training", "No step has been recorded yet.")
+    loss, validation = of("loss"), of("val/loss", run.validation)
+    bpb = [Series("validation", of("val/bpb", run.validation), "second")]
+    if run.baseline and bpb[0].points:
+        bpb.append(Series("order-2 model", [(0, run.baseline["bits_per_byte"])], "rule"))
+    curves = [
+        line_chart(
+            "Loss (nats per token)",
+            [*_smoothed(loss), Series("validation", validation, "second")],
+        ),
+        line_chart("Bits per byte of held-out text", bpb),
+    ]
+    details = [
+        line_chart("Learning rate", [Series("", of("lr"))]),
+        line_chart("Gradient norm", _smoothed(of("grad_norm")), log=True),
+        line_chart("Tokens per second", _smoothed(of("tokens_per_s"))),
+    ]
+    note = "" if run.validation else '<p class="quiet">No validation has been recorded yet.</p>'
+    return (
+        f'<h2>Training</h2>{note}<div class="grid two">{"".join(curves)}</div>'
+        f'<div class="grid three">{"".join(details)}</div>'
+    )
+
+
+def _smoothed(points: list[tuple[float, float]]) -> list[Series]:
+    return [Series("each step", points, "faint"), Series("mean", smooth(points))]
+
+
+def _needle(run: Run) -> str:
+    if not run.needle:
+        return _missing(
+            "Needle in a haystack", "Not measured yet:",
+            f"python eval/needle.py checkpoint={run.folder}",
+        )  # fmt: skip
+    needle, settings = run.needle, run.needle["settings"]
+    chance = f"{100 * needle['chance']:.3g} %"
+    intro = (
+        f"A sentence with a magic value ({settings['values']}) is hidden in held-out text, and the "
+        f"prompt ends by asking for it; {needle['cells'][0]['samples']} samples a cell, step "
+        f"{needle['step']:,}. Generated: the value occurs in the model's answer of at most "
+        f"{settings['max_new_tokens']} tokens. Ranked first: it is the likeliest of "
+        f"{settings['candidates']} values; guessing gives {chance}."
+    )
+    grids = heat_table("Answer generated", needle["cells"], "generation")
+    grids += heat_table(f"Answer ranked first (chance {chance})", needle["cells"], "ranking")
+    rows = [("length", "samples", "generated", "95 % interval", "ranked first", "95 % interval")]
+    for row in needle["by_length"]:
+        cells = [f"{row['length']:,}", f"{row['samples']:,}"]
+        for score in ("generation", "ranking"):
+            cells.append(f"{row[score]:.0%}")
+            cells.append(f"{row[score + '_low']:.0%} – {row[score + '_high']:.0%}")
+        rows.append(tuple(cells))
+    example = max(needle["samples"], key=lambda s: (s["generation"], s["ranking"]))
+    return (
+        f'<h2>Needle in a haystack</h2><p class="quiet">{escape(intro)}</p>'
+        f'<div class="grid two">{grids}</div><figure>{_table(rows)}</figure>'
+        f"<details><summary>A sample, word for word</summary><blockquote>… {escape(example['needle'])} …"
+        f"</blockquote><blockquote>{escape(example['question'])}</blockquote><p>The model went on:</p>"
+        f"<blockquote>{escape(example['generated'])}</blockquote></details>"
+    )
+
+
+def _data(run: Run) -> str:
+    sides = [(side, run.data[side]) for side in ("train", "validation") if side in run.data]
+    if not sides:
+        return _missing("Data", "The run's folder has no data_summary.json.")
+    rows = [("", *(side for side, _ in sides))]
+    for key, value in sides[0][1].items():
+        if isinstance(value, int | float):
+            rows.append((key.replace("_", " "), *(f"{side.get(key, 0):,}" for _, side in sides)))
+    facts = {k: v for k, v in _flat(run.data) if not k.startswith(("train.", "validation."))}
+    return (
+        f'<h2>Data</h2><div class="grid two"><figure>{_table(rows)}</figure>'
+        f"<figure>{_facts(facts)}</figure></div>"
+    )
+
+
+def _setting(run: Run) -> str:
+    """Environment and config."""
+    environment = f"<figure>{_facts(run.environment)}</figure>"
+    if not run.environment:
+        environment = '<p class="quiet">The run\'s folder has no environment.json.</p>'
+    config = escape(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+    return (
+        f"<h2>Environment</h2>{environment}"
+        f"<details><summary>Config</summary><pre>{config}</pre></details>"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Small parts
+
+
+def _missing(title: str, sentence: str, command: str = "") -> str:
+    code = f" <code>{escape(command)}</code>" if command else ""
+    return f'<h2>{title}</h2><p class="quiet">{escape(sentence)}{code}</p>'
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """The first row is the head."""
+    head, *body = (
+        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+        for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+    )
+    lines = "".join(f"<tr>{row}</tr>" for row in (head, *body))
+    return f'<div class="scroll"><table>{lines}</table></div>'
+
+
+def _facts(facts: dict) -> str:
+    rows = "".join(
+        f"<tr><td>{escape(re.sub('[._]', ' ', str(key)))}</td><td>{escape(str(value))}</td></tr>"
+        for key, value in facts.items()
+    )
+    return f'<table class="facts">{rows}</table>'
+
+
+def _flat(tree: dict, prefix: str = ""):
+    """(dotted key, value) of every leaf."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="report")
+def main(config: DictConfig) -> None:
+    try:
+        path = write_report(config.run)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"report      {path}")
+
+
+if __name__ == "__main__":
+    main()

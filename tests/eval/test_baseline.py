@@ -1,0 +1,79 @@
+"""The order-2 model on sources whose entropy is known."""
+
+import numpy as np
+import pytest
+
+from data.shards import ShardWriter
+from data.tokenizer import encode_documents, end_of_text_id, fingerprint, vocab_size
+from eval.baseline import bits_per_byte, write_baseline
+from tests.eval.conftest import TEXT
+
+
+def test_without_training_a_byte_takes_eight_bits():
+    assert bits_per_byte([], [b"abcd"]) == 8 * 5 / 4  # four bytes and the end
+
+
+@pytest.mark.parametrize("symbols", [2, 16, 64])
+def test_uniform_symbols_take_their_logarithm(symbols):
+    rng = np.random.default_rng(0)
+    training, validation = (
+        rng.integers(symbols, size=n, dtype=np.uint8).tobytes() for n in (2_000_000, 50_000)
+    )
+    # Never less, and more by little: what is not yet known of the 64^3 probabilities.
+    found = bits_per_byte([training], [validation])
+    assert np.log2(symbols) - 0.001 < found < np.log2(symbols) + 0.1
+
+
+def test_a_source_that_two_bytes_determine_takes_none():
+    x = [1, 1]
+    for _ in range(60_000):
+        x.append((x[-1] + 3 * x[-2] + 1) % 251)
+    source = bytes(x)
+    assert bits_per_byte([source[:50_000]], [source[50_000:]]) < 0.05
+
+
+def test_a_markov_source_takes_its_entropy():
+    # After any byte, one of two successors with probabilities 1/4 and 3/4: H = 0.8113 bits.
+    rng = np.random.default_rng(0)
+    steps = np.where(rng.random(300_000) < 0.25, 1, 2)
+    source = (np.cumsum(steps) % 7).astype(np.uint8).tobytes()
+    assert bits_per_byte([source[:250_000]], [source[250_000:]]) == pytest.approx(0.8113, abs=0.01)
+
+
+def test_escape_probabilities_by_hand():
+    # Trained on 100 a, 100 b and an end: three symbols in 201. Neither x, y nor z was seen, so all
+    # fall to order 0; x alone meets known contexts (of a document's start), each seen once.
+    unseen = 3 / (201 + 3) / 256
+    end = (1 + 3 / 256) / (201 + 3)
+    p = [unseen / 2 / 2, unseen, unseen, end]
+    assert bits_per_byte([b"ab" * 100], [b"xyz"]) == pytest.approx(-np.log2(p).sum() / 3)
+
+
+def test_documents_are_apart():
+    apart, joined = (
+        bits_per_byte([b"abcd"] * 50, [b"abcd"]),
+        bits_per_byte([b"abcd" * 50], [b"abcd"]),
+    )
+    assert apart < 0.1 < 1 < joined  # where documents start and end was learnt, or was not
+
+
+def test_prepared_data(tmp_path, tokenizer):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for side, texts in {
+        "train": [TEXT[:9000], TEXT[9000:20000]],
+        "validation": [TEXT[20000:]],
+    }.items():
+        writer = ShardWriter(
+            tmp_path / side,
+            vocab_size(tokenizer),
+            end_of_text_id(tokenizer),
+            fingerprint(tokenizer),
+        )
+        for tokens, num_bytes in encode_documents(tokenizer, texts):
+            writer.add(tokens, num_bytes)
+        writer.close()
+    result = write_baseline(tmp_path, tmp_path / "eval" / "baseline.json")
+    expected = bits_per_byte(
+        [TEXT[:9000].encode(), TEXT[9000:20000].encode()], [TEXT[20000:].encode()]
+    )
+    assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-12)

@@ -1,0 +1,54 @@
+"""Reading a prompt once and starting again from its end equals reading everything each time."""
+
+import pytest
+import torch
+
+from eval.lm import DecoderLM
+from model.generate import generate
+from tests.eval.tiny import decoder
+
+SIZES = {
+    "_target_": "model.decoder.Decoder", "dim": 32, "num_layers": 2, "num_heads": 4,
+    "num_kv_heads": 2, "ffn_dim": 64,
+}  # fmt: skip
+ATTENTIONS = {
+    "full": {"_target_": "model.attention.full.FullAttention"},
+    "sliding": {"_target_": "model.attention.sliding.SlidingAttention", "window": 9},
+    "nsa": {
+        "_target_": "model.attention.nsa.NSAAttention", "compress_block": 4, "compress_stride": 2,
+        "select_block": 4, "num_selected": 4, "window": 6,
+    },
+}  # fmt: skip
+
+
+def log_probability(model, prompt, candidate):
+    tokens = torch.tensor(prompt + candidate)
+    cu_seqlens = torch.tensor([0, len(tokens)], dtype=torch.int32)
+    with torch.inference_mode():
+        logits = model(tokens, torch.arange(len(tokens)), cu_seqlens, len(tokens))
+    logprobs = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(candidate)[:, None]).sum().item()
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_scores_and_continuations(attention):
+    model = decoder({"model": SIZES, "attention": ATTENTIONS[attention]}, 50)
+    lm = DecoderLM(model, stop_tokens={0}, reserve=32)
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(1, 50, (n,), generator=draw).tolist() for n in (1, 14, 37)]
+    candidates = [torch.randint(1, 50, (n,), generator=draw).tolist() for n in (1, 7, 3, 9)]
+    expected = generate(model, prompts, 12, stop_tokens={0})
+    for prompt, continuation in zip(prompts, expected, strict=True):
+        scores = [log_probability(model, prompt, c) for c in candidates]
+        for _ in range(2):  # whatever was asked in between
+            assert lm.score(prompt, candidates) == pytest.approx(scores, abs=1e-3)
+            assert lm.generate([prompt], 12) == [continuation]
+    assert lm.generate(prompts, 12) == expected
+
+
+def test_the_stop_token_ends_the_answer():
+    model = decoder({"model": SIZES, "attention": ATTENTIONS["full"]}, 50)
+    [free] = DecoderLM(model, stop_tokens=()).generate([[1, 2, 3]], 8)
+    stop = free[4]
+    [stopped] = DecoderLM(model, stop_tokens={stop}).generate([[1, 2, 3]], 8)
+    assert stopped == free[: free.index(stop)]
