@@ -206,7 +206,11 @@ def _training(run: Run) -> str:
         line_chart("Gradient norm", _smoothed(of("grad_norm")), log=True),
         line_chart("Tokens per second", _smoothed(of("tokens_per_s"))),
     ]
-    note = "" if run.validation else '<p class="quiet">No validation has been recorded yet.</p>'
+    note = ""
+    if not run.validation:
+        note = '<p class="quiet">No validation has been recorded yet.</p>'
+    elif not run.baseline:
+        note = '<p class="quiet">No order-2 model beside it: the prepared data has moved.</p>'
     return (
         f'<h2>Training</h2>{note}<div class="grid two">{"".join(curves)}</div>'
         f'<div class="grid three">{"".join(details)}</div>'

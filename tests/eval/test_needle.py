@@ -151,6 +151,19 @@ def test_the_same_sample_in_whatever_grid(tokenizer, haystack, settings):
     )
 
 
+def test_nothing_that_is_hidden_occurs_in_the_text_already(tokenizer, settings):
+    settings = dataclasses.replace(settings, values="words")
+    spoken = needle.WORDS[:60]
+    tokens = np.array(tokenizer.encode(" ".join(spoken).upper() + ". ").ids)
+    haystack = Haystack([tokens], tokenizer, longest=2048)
+    for index in range(20):
+        sample = needle.make_sample(haystack, tokenizer, settings, 2048, 50.0, index)
+        assert not set(sample.candidates) & set(spoken)
+    crowded = np.array(tokenizer.encode(" ".join(needle.WORDS) + ". ").ids)
+    with pytest.raises(ValueError, match="values=numbers"):
+        needle.make_sample(Haystack([crowded], tokenizer, 2048), tokenizer, settings, 2048, 50.0, 0)
+
+
 def test_no_word_hides_in_another():
     for word in needle.WORDS:
         assert sum(word in other for other in needle.WORDS) == 1

@@ -113,7 +113,7 @@ def test_what_is_missing_is_left_out(run, missing):
         "metrics.jsonl": "No step has been recorded yet.",
         "environment.json": "has no environment.json",
         "data_summary.json": "has no data_summary.json",
-        "eval/baseline.json": "bits per byte of held-out text",
+        "eval/baseline.json": "No order-2 model beside it",
         "eval/needle/step_00000040.json": f"Not measured yet: python eval/needle.py checkpoint={run}",
     }[missing]
     assert sentence in page.text
