@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from data.config import DataConfig, TokenizerConfig, from_config
+from data.config import DataConfig, TokenizerConfig, from_config, resolve_path
 from model.build import build_decoder
 from train.optimizer import AdamWConfig
 from train.schedule import Schedule
@@ -17,7 +17,7 @@ GROUPS = (
     "model", "attention", "data", "tokenizer", "optimizer", "schedule", "parallel", "train", "log",
     "eval",
 )  # fmt: skip
-ROOT_KEYS = (*GROUPS, "name", "seed", "device")
+ROOT_KEYS = (*GROUPS, "name", "output_dir", "seed", "device")
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class RunConfig:
     """Everything a run reads. `raw` is the resolved config as plain dicts, for the records."""
 
     name: str
+    output_dir: Path
     seed: int
     device: torch.device
     dtype: torch.dtype
@@ -82,7 +83,8 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        return Path("outputs") / self.name
+        """Where the run leaves everything; all ranks share it."""
+        return self.output_dir / self.name
 
     @property
     def sequences_per_step(self) -> int:
@@ -118,6 +120,7 @@ def check_config(raw: dict) -> RunConfig:
         precision = "bf16" if device.type == "cuda" else "fp32"
     run = RunConfig(
         name=raw["name"],
+        output_dir=resolve_path(raw["output_dir"]),
         seed=raw["seed"],
         device=device,
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision],

@@ -73,3 +73,15 @@ def build_engine(model: Decoder, run: RunConfig, world_size: int):
         model=model, optimizer=optimizer, config=deepspeed_config(run, world_size)
     )
     return engine
+
+
+def optimizer_step(engine) -> float | None:
+    """engine.step(); after the last pass of a step, the gradient norm before clipping."""
+    norm = None
+    if engine.zero_optimization_stage() == 0 and engine.is_gradient_accumulation_boundary():
+        # Plain data parallelism in fp32 clips, but does not tell.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else None
+    engine.step()
+    norm = engine.get_global_grad_norm() or norm
+    return None if norm is None else float(norm)

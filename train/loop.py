@@ -18,7 +18,7 @@ from data.tokenizer import END_OF_TEXT, load_tokenizer
 from model.build import build_decoder
 from train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from train.config import RunConfig
-from train.engine import build_engine
+from train.engine import build_engine, optimizer_step
 from train.telemetry import Telemetry, environment, peak_flops
 
 
@@ -80,7 +80,7 @@ def train(
             lr = run.optimizer.lr * run.schedule.scale(progress)
             for group in engine.optimizer.param_groups:
                 group["lr"] = lr
-            engine.step()
+            grad_norm = optimizer_step(engine)
         dist.all_reduce(sums)
         nll, count = sums.tolist()  # waits for the device
         seconds = time.perf_counter() - started
@@ -94,7 +94,7 @@ def train(
             "time": round(state.seconds, 3),
             "loss": nll / count,
             "lr": lr,
-            "grad_norm": float(engine.get_global_grad_norm() or math.nan),
+            "grad_norm": grad_norm,
             "tokens_per_s": run.train.batch_tokens / seconds,
         }
         if peak:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repo's root
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -28,7 +29,7 @@ def main(config: DictConfig) -> None:
         check_resume(run.folder, run.train.resume, run.raw)
         device, rank, world_size = start_process_group(run.device)
         run.accumulation(world_size)
-        data_path = prepare(run.raw["data"], run.raw["tokenizer"])
+        data_path = prepare(run.raw["data"], run.raw["tokenizer"], run.output_dir / "data")
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     train(run, data_path, device, rank, world_size)

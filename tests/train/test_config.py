@@ -1,0 +1,92 @@
+"""Config errors: one sentence each, before anything costs time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize
+from omegaconf import OmegaConf
+
+from train.config import check_config
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPERIMENTS = sorted(p.stem for p in (ROOT / "conf/experiment").glob("*.yaml"))
+
+
+def resolved(*overrides):
+    with initialize(version_base=None, config_path="../../conf"):
+        return OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_is_valid_on_the_cpu(experiment):
+    run = check_config(resolved(f"+experiment={experiment}", "device=cpu"))
+    assert run.num_steps > 0 and run.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    "group, option",
+    [(g, p.stem) for g in ("model", "attention", "schedule", "parallel", "optimizer")
+     for p in sorted((ROOT / "conf" / g).glob("*.yaml"))],
+)  # fmt: skip
+def test_every_option_of_a_group_is_valid(group, option):
+    check_config(resolved("+experiment=quickstart", f"{group}={option}", "device=cpu"))
+
+
+def test_the_64k_recipe_has_the_size_it_says():
+    from model.build import build_decoder
+
+    raw = resolved("+experiment=nsa_64k")
+    with torch.device("meta"):
+        model = build_decoder(raw["model"], raw["attention"], raw["tokenizer"]["vocab_size"])
+    assert 140e6 < model.num_parameters() < 160e6
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["+train.max_stepz=3"], "did you mean train.max_steps"),
+        (["+attention.windw=3"], "did you mean attention.window"),
+        (["+model.num_layer=3"], "did you mean model.num_layers"),
+        (["+colour=blue"], "colour is not a key"),
+        (["model.num_heads=5"], "num_kv_heads"),
+        (["train.seq_len=8", "train.micro_batch_tokens=8192"], "shorter than attention.compress_b"),
+        (["train.seq_len=3000"], "not a multiple of train.seq_len"),
+        (["train.batch_tokens=10000"], "train.batch_tokens=10000 is not a multiple"),
+        (["train.max_tokens=100"], "less than one step"),
+        (["train.precision=fp8"], "train.precision"),
+        (["parallel.zero_stage=4"], "parallel.zero_stage"),
+        (["attention.compress_stride=5"], "not a multiple of compress_stride"),
+        (["device=tpu"], "it must be auto, cpu or cuda"),
+    ],
+)
+def test_a_mistake_is_one_sentence(overrides, message):
+    with pytest.raises(ValueError, match=message) as error:
+        check_config(resolved("+experiment=quickstart", *overrides))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the sentence is for machines without CUDA")
+def test_a_gpu_recipe_without_a_gpu_names_the_way_out():
+    with pytest.raises(ValueError, match=r"\+experiment=quickstart.*device=cpu model=tiny"):
+        check_config(resolved("+experiment=nsa_64k"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["data=folder", "data.path=/no/such/folder"], "/no/such/folder"),
+        (["train.max_stepz=3"], "max_stepz"),
+        (["model=huge"], "huge"),
+        (["model.num_heads=5"], "num_kv_heads"),
+    ],
+)
+def test_the_command_prints_no_traceback(arguments, message, tmp_path):
+    command = [sys.executable, "train/pretrain.py", "+experiment=quickstart", *arguments]
+    result = subprocess.run(
+        [*command, f"name={tmp_path.name}"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode != 0
+    assert message in result.stderr and "Traceback" not in result.stderr
