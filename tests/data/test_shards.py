@@ -86,6 +86,13 @@ def test_a_file_of_another_shard_is_refused(tmp_path, folder, name):
         TokenShards.open(folder).verify()
 
 
+def test_an_index_of_other_tokens_is_refused_at_opening(tmp_path, folder):
+    write_shards(tmp_path / "other", [3, 1, 100])
+    shutil.copy(tmp_path / "other" / "documents.npy", folder)
+    with pytest.raises(ValueError, match="documents.npy doesn't belong to the tokens.bin"):
+        TokenShards.open(folder)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
