@@ -1,0 +1,330 @@
+"""Gradients of attention to the selected blocks (selected.py).
+
+dK and dV are key-major: a program owns a key block and walks the queries that chose it (csr.py), so
+nothing is added atomically and every run gives the same bits. Lists longer than a work item, such
+as the initial block's, leave fp32 partial sums that a second kernel adds in order.
+dQ is query-major over the unions of the forward when groups are large. With small groups the unions
+are wide, and the key-major kernel has dS at hand: it leaves one partial row of dQ per pair instead.
+
+With P = exp(S - lse):  dV = P^T dO,  dS = P * (dO V^T - sum(dO * O)),  dQ = dS K, dK = dS^T Q.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.nsa.csr import BlockLists, block_lists, work_items
+from kernels.nsa.geometry import Geometry
+from kernels.nsa.selected import KEY_MAJOR_GROUP, LN2, WORKSPACE, Shape
+from kernels.nsa.tiles import tile_map
+from kernels.nsa.union import block_unions, tile_queries
+
+
+def selected_backward(
+    do, q, k, v, o, lse, indices, cu_seqlens, max_seqlen, geometry: Geometry, scale: float
+):
+    """Gradients dq, dk, dv of selected_forward in the inputs' dtypes; none reaches the indices.
+
+    do, o [T, H, Dv] and lse fp32 [T, H] belong to the forward with the same indices [Hkv, T, n].
+    """
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    if not q.numel():
+        return dq, dk, dv
+    shape = Shape(q, k, v, geometry)
+    delta = torch.empty_like(lse)
+    lists = block_lists(indices, cu_seqlens, geometry.select_block)
+    grads = (do, q, k, v, lse, delta, dq, dk, dv)
+    if shape.group <= KEY_MAJOR_GROUP and shape.partial_bytes(q.shape[2]) <= WORKSPACE:
+        _delta(do, o, delta, shape)
+        heads = shape.heads_at_once(q.shape[2])
+        rows = heads * shape.tokens * shape.num_selected * shape.group
+        partial = q.new_empty(rows, q.shape[2])
+        for head in range(0, shape.kv_heads, heads):
+            chunk = slice(head, min(head + heads, shape.kv_heads))
+            _key_gradients(*grads, lists, cu_seqlens, shape, scale, chunk, partial)
+            _sum_query_gradient(partial, indices, cu_seqlens, dq, shape, chunk)
+    else:
+        _query_gradient(*grads, o, indices, cu_seqlens, shape, scale)
+        _key_gradients(*grads, lists, cu_seqlens, shape, scale, slice(0, shape.kv_heads))
+    return dq, dk, dv
+
+
+def _delta(do, o, delta, shape: Shape):
+    rows = 64
+    _delta_kernel[(triton.cdiv(delta.numel(), rows),)](
+        do, o, delta, delta.numel(), DV=o.shape[2], DV_PAD=shape.value_pad, ROWS=rows, num_warps=4
+    )
+
+
+def _query_gradient(
+    do, q, k, v, lse, delta, dq, dk, dv, o, indices, cu_seqlens, shape: Shape, scale
+):
+    union = block_unions(indices, cu_seqlens, shape.block, shape.group)
+    wide = shape.keys > 64 or shape.dim_pad > 128
+    _query_gradient_kernel[(union.tiles.shape[0], shape.kv_heads)](
+        do, q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), o, lse,
+        delta, dq, union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, scale,
+        scale / LN2, **shape.constants,
+        num_warps=8 if wide else 4, num_stages=shape.stages(shape.keys, 2),
+    )  # fmt: skip
+
+
+def _key_gradients(
+    do, q, k, v, lse, delta, dq, dk, dv, lists: BlockLists, cu_seqlens, shape: Shape, scale,
+    heads: slice, partial=None,
+):  # fmt: skip
+    """dk and dv of the KV heads in `heads`; with `partial`, also the rows that add up to dq."""
+    items = work_items(lists, shape.item_pairs(), heads)
+    dk_split = dk.new_empty(items.split_items, shape.block, dk.shape[2], dtype=torch.float32)
+    dv_split = dv.new_empty(items.split_items, shape.block, dv.shape[2], dtype=torch.float32)
+    wide = shape.keys > 64 or shape.dim_pad > 128 or partial is not None
+    num_blocks, num_lists = lists.blocks.shape[0], items.ends.numel()
+    common = (lists.blocks, cu_seqlens, items.ends, items.split_ends, dk_split, dv_split, dk, dv)
+    _key_gradient_kernel[(items.lists.numel(),)](
+        do, q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), lse,
+        delta, partial, lists.pairs, lists.starts, items.lists, *common, heads.start,
+        shape.tokens, num_blocks, num_lists, items.length, scale, scale / LN2,
+        **shape.constants, HAS_PARTIAL=partial is not None,
+        num_warps=8 if wide else 4, num_stages=shape.stages(64, 2),
+    )  # fmt: skip
+    _join_kernel[(num_lists,)](
+        *common, heads.start, num_blocks, scale, **shape.constants, num_warps=4
+    )
+
+
+def _sum_query_gradient(partial, indices, cu_seqlens, dq, shape: Shape, heads: slice):
+    queries = max(tile_queries(shape.group) // 4, 1)
+    tiles = tile_map(cu_seqlens, shape.tokens, queries)
+    constants = shape.constants | dict(
+        QUERIES=queries, ROWS=triton.next_power_of_2(queries * shape.group)
+    )
+    _sum_query_gradient_kernel[(tiles.shape[0], heads.stop - heads.start)](
+        partial, indices, tiles, cu_seqlens, dq, heads.start, shape.tokens, **constants,
+        num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _delta_kernel(
+    do, o, delta, num_rows, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr
+):
+    """delta = sum over Dv of dO * O, one value per (token, head)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    dv = tl.arange(0, DV_PAD)
+    mask = (row < num_rows)[:, None] & (dv < DV)[None, :]
+    offset = row[:, None] * DV + dv[None, :]
+    do_tile = tl.load(do + offset, mask=mask, other=0.0).to(tl.float32)
+    o_tile = tl.load(o + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(do_tile * o_tile, 1), mask=row < num_rows)
+
+
+@triton.jit
+def _query_gradient_kernel(
+    do, q, k_desc, v_desc, o, lse, delta, dq, tiles, key_rows, members, counts, cu_seqlens, scale,
+    scale_log2,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
+    DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries over the union of its blocks, and delta for the key gradients."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    document = tl.load(tiles + 2 * tile)
+    if document < 0:
+        return
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    token = tl.load(cu_seqlens + document) + tl.load(tiles + 2 * tile + 1) + query
+    valid = (query < QUERIES) & (token < tl.load(cu_seqlens + document + 1))
+    q_row = token.to(tl.int64) * HEADS + head * GROUP + row % GROUP
+    dk, dv = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
+    key = tl.arange(0, KEYS)
+    q_mask = valid[:, None] & (dk < DK)[None, :]
+    o_mask = valid[:, None] & (dv < DV)[None, :]
+    q_tile = tl.load(q + q_row[:, None] * DK + dk[None, :], mask=q_mask, other=0.0)
+    do_tile = tl.load(do + q_row[:, None] * DV + dv[None, :], mask=o_mask, other=0.0)
+    o_tile = tl.load(o + q_row[:, None] * DV + dv[None, :], mask=o_mask, other=0.0)
+    row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
+    tl.store(delta + q_row, row_delta, mask=valid)
+    lse_log2 = tl.load(lse + q_row, mask=valid, other=0.0) * 1.4426950408889634
+
+    list_id = head * tl.num_programs(0) + tile
+    key_rows += list_id.to(tl.int64) * (QUERIES * NUM_SELECTED)
+    members += list_id.to(tl.int64) * (QUERIES * NUM_SELECTED)
+    acc = tl.zeros([ROWS, DK_PAD], tl.float32)
+    for i in range(0, tl.load(counts + list_id)):
+        first = tl.load(key_rows + i)
+        chose = (tl.load(members + i) >> query) & 1
+        last = tl.where(chose != 0, token - first, -1)
+        if KEYS != BLOCK:
+            last = tl.minimum(last, BLOCK - 1)
+        k_tile = k_desc.load([first, head * DK])
+        v_tile = v_desc.load([first, head * DV])
+        s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
+        dp = tl.dot(do_tile, v_tile.T, input_precision="ieee")
+        p = tl.exp2(s * scale_log2 - lse_log2[:, None])
+        p = tl.where(key[None, :] <= last[:, None], p, 0.0)
+        ds = (p * (dp - row_delta[:, None])).to(k_tile.dtype)
+        acc = tl.dot(ds, k_tile, acc, input_precision="ieee")
+    acc = (acc * scale).to(dq.dtype.element_ty)
+    tl.store(dq + q_row[:, None] * DK + dk[None, :], acc, mask=q_mask)
+
+
+@triton.jit
+def _key_gradient_kernel(
+    do, q, k_desc, v_desc, lse, delta, partial, pairs, starts, item_lists, blocks, cu_seqlens,
+    item_ends, split_ends, dk_split, dv_split, dk, dv, first_head, num_tokens, num_blocks,
+    num_lists, item_pairs, scale, scale_log2,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
+    DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr, DESCEND: tl.constexpr = False,
+):  # fmt: skip
+    """dK and dV of one key block over one work item; all G heads of a query share a tile."""
+    item = tl.program_id(0)
+    list_id = tl.load(item_lists + item)
+    if list_id >= num_lists:
+        return
+    local_head = list_id // num_blocks
+    head = first_head + local_head
+    block = list_id % num_blocks
+    document = tl.load(blocks + 2 * block)
+    if document < 0:
+        return
+    first = tl.load(cu_seqlens + document) + tl.load(blocks + 2 * block + 1)
+    before = tl.load(item_ends + list_id - 1, mask=list_id > 0, other=0)
+    starts += head * (num_blocks + 1) + block
+    start = tl.load(starts) + (item - before) * item_pairs
+    end = tl.minimum(start + item_pairs, tl.load(starts + 1))
+    head_pairs = num_tokens.to(tl.int64) * NUM_SELECTED
+    pairs += head * head_pairs
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    dk_col, dv_col = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
+    key = tl.arange(0, KEYS)
+    k_tile = k_desc.load([first, head * DK])
+    v_tile = v_desc.load([first, head * DV])
+    dk_acc = tl.zeros([KEYS, DK_PAD], tl.float32)
+    dv_acc = tl.zeros([KEYS, DV_PAD], tl.float32)
+    for i in range(start, end, QUERIES):
+        place = i + query
+        valid = (place < end) & (query < QUERIES)
+        if DESCEND:
+            place = start + end - 1 - place
+        pair = tl.load(pairs + place, mask=valid, other=0)
+        token = pair // NUM_SELECTED
+        q_row = token.to(tl.int64) * HEADS + head * GROUP + row % GROUP
+        q_mask = valid[:, None] & (dk_col < DK)[None, :]
+        o_mask = valid[:, None] & (dv_col < DV)[None, :]
+        q_tile = tl.load(q + q_row[:, None] * DK + dk_col[None, :], mask=q_mask, other=0.0)
+        do_tile = tl.load(do + q_row[:, None] * DV + dv_col[None, :], mask=o_mask, other=0.0)
+        lse_log2 = tl.load(lse + q_row, mask=valid, other=0.0) * 1.4426950408889634
+        row_delta = tl.load(delta + q_row, mask=valid, other=0.0)
+        last = tl.where(valid, token - first, -1)
+        if KEYS != BLOCK:
+            last = tl.minimum(last, BLOCK - 1)
+        s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
+        dp = tl.dot(v_tile, do_tile.T, input_precision="ieee")
+        p = tl.exp2(s * scale_log2 - lse_log2[None, :])
+        p = tl.where(key[:, None] <= last[None, :], p, 0.0)
+        dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision="ieee")
+        ds = (p * (dp - row_delta[None, :])).to(q_tile.dtype)
+        dk_acc = tl.dot(ds, q_tile, dk_acc, input_precision="ieee")
+        if HAS_PARTIAL:
+            dq_part = (tl.dot(ds.T, k_tile, input_precision="ieee") * scale).to(q_tile.dtype)
+            out = (local_head * head_pairs + pair) * GROUP + row % GROUP
+            tl.store(partial + out[:, None] * DK + dk_col[None, :], dq_part, mask=q_mask)
+
+    split = tl.load(item_ends + list_id) - before > 1
+    if split:
+        # Partial sums keep the block's layout; rows past the document's end are never read.
+        own = tl.load(split_ends + list_id) - tl.load(item_ends + list_id) + item
+        out_row = own.to(tl.int64) * BLOCK + key
+        in_block = key < BLOCK
+        mask = in_block[:, None] & (dk_col < DK)[None, :]
+        tl.store(dk_split + out_row[:, None] * DK + dk_col[None, :], dk_acc, mask=mask)
+        mask = in_block[:, None] & (dv_col < DV)[None, :]
+        tl.store(dv_split + out_row[:, None] * DV + dv_col[None, :], dv_acc, mask=mask)
+    else:
+        k_row = (first + key).to(tl.int64) * KV_HEADS + head
+        in_block = (key < BLOCK) & (first + key < tl.load(cu_seqlens + document + 1))
+        mask = in_block[:, None] & (dk_col < DK)[None, :]
+        dk_out = (dk_acc * scale).to(dk.dtype.element_ty)
+        tl.store(dk + k_row[:, None] * DK + dk_col[None, :], dk_out, mask=mask)
+        mask = in_block[:, None] & (dv_col < DV)[None, :]
+        dv_out = dv_acc.to(dv.dtype.element_ty)
+        tl.store(dv + k_row[:, None] * DV + dv_col[None, :], dv_out, mask=mask)
+
+
+@triton.jit
+def _join_kernel(
+    blocks, cu_seqlens, item_ends, split_ends, dk_split, dv_split, dk, dv, first_head, num_blocks,
+    scale,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
+    DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add the partial dK and dV of a split list in the order of its items."""
+    list_id = tl.program_id(0)
+    before = tl.load(split_ends + list_id - 1, mask=list_id > 0, other=0)
+    end = tl.load(split_ends + list_id)
+    if before == end:
+        return
+    head = first_head + list_id // num_blocks
+    block = list_id % num_blocks
+    document = tl.load(blocks + 2 * block)
+    first = tl.load(cu_seqlens + document) + tl.load(blocks + 2 * block + 1)
+    key = tl.arange(0, KEYS)
+    dk_col, dv_col = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
+    in_block = (key < BLOCK) & (first + key < tl.load(cu_seqlens + document + 1))
+    dk_mask = in_block[:, None] & (dk_col < DK)[None, :]
+    dv_mask = in_block[:, None] & (dv_col < DV)[None, :]
+    dk_acc = tl.zeros([KEYS, DK_PAD], tl.float32)
+    dv_acc = tl.zeros([KEYS, DV_PAD], tl.float32)
+    for i in range(before, end):
+        row = i.to(tl.int64) * BLOCK + key
+        dk_acc += tl.load(dk_split + row[:, None] * DK + dk_col[None, :], mask=dk_mask, other=0.0)
+        dv_acc += tl.load(dv_split + row[:, None] * DV + dv_col[None, :], mask=dv_mask, other=0.0)
+    k_row = (first + key).to(tl.int64) * KV_HEADS + head
+    dk_acc = (dk_acc * scale).to(dk.dtype.element_ty)
+    tl.store(dk + k_row[:, None] * DK + dk_col[None, :], dk_acc, mask=dk_mask)
+    dv_acc = dv_acc.to(dv.dtype.element_ty)
+    tl.store(dv + k_row[:, None] * DV + dv_col[None, :], dv_acc, mask=dv_mask)
+
+
+@triton.jit
+def _sum_query_gradient_kernel(
+    partial, indices, tiles, cu_seqlens, dq, first_head, num_tokens,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
+    DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
+    BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dQ of a tile of queries: the sum of the partial rows that its blocks left."""
+    tile = tl.program_id(0)
+    local_head = tl.program_id(1)
+    head = first_head + local_head
+    document = tl.load(tiles + 2 * tile)
+    if document < 0:
+        return
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    position = tl.load(tiles + 2 * tile + 1) + query
+    token = (tl.load(cu_seqlens + document) + position).to(tl.int64)
+    valid = (query < QUERIES) & (token < tl.load(cu_seqlens + document + 1))
+    dk_col = tl.arange(0, DK_PAD)
+    pair = token * NUM_SELECTED
+    head_pairs = num_tokens.to(tl.int64) * NUM_SELECTED
+    indices += head * head_pairs
+    source = (local_head * head_pairs + pair) * GROUP + row % GROUP
+    acc = tl.zeros([ROWS, DK_PAD], tl.float32)
+    for i in tl.static_range(NUM_SELECTED):
+        block = tl.load(indices + pair + i, mask=valid, other=-1)
+        chosen = (block >= 0) & (block <= position // BLOCK)
+        mask = chosen[:, None] & (dk_col < DK)[None, :]
+        part = tl.load(
+            partial + (source + i * GROUP)[:, None] * DK + dk_col[None, :], mask=mask, other=0.0
+        )
+        acc += part.to(tl.float32)
+    out = token * HEADS + head * GROUP + row % GROUP
+    mask = valid[:, None] & (dk_col < DK)[None, :]
+    tl.store(dq + out[:, None] * DK + dk_col[None, :], acc.to(dq.dtype.element_ty), mask=mask)
