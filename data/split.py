@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 
@@ -46,7 +45,7 @@ class Corpus:
                     f"data.path={config.path}: nothing is left to train on"
                 )
 
-    @cached_property
+    @property
     def stamp(self) -> list:
         """Changes when a file does: names, sizes and times of change of all files."""
         stats = [(file, file.stat()) for file in self.files + self.validation_files]
