@@ -5,16 +5,27 @@ and the uniform distribution are interpolated with Witten-Bell weights (Witten a
 C of PPM): after a context seen n times with t different successors, a byte seen c times gets
 (c + t p) / (n + t), p being its probability one order lower. A model that has learnt no more than
 which letters follow which does not beat it.
+
+    python eval/baseline.py run=outputs/quickstart
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+import sys
 from pathlib import Path
 
-import numpy as np
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
 
+import json
+from collections.abc import Iterable, Iterator
+
+import hydra
+import numpy as np
+import yaml
+from omegaconf import DictConfig
+
+from data.config import resolve_path
 from data.shards import TokenShards
 from data.tokenizer import load_tokenizer
 
@@ -57,12 +68,31 @@ def bits_per_byte(training: Iterable[bytes], validation: Iterable[bytes]) -> flo
     return total / size
 
 
-def write_baseline(data_path: str | Path, file: Path) -> dict:
-    """Measure prepared data (a folder of data.prepare) and write the result as JSON.
+def run_config(folder: Path) -> dict:
+    """The config of a run. Raises FileNotFoundError with one sentence if the folder is none."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a run: it has no config.yaml; runs are in outputs/."
+        )
+    return yaml.safe_load(file.read_text()) or {}
 
-    Raises FileNotFoundError or ValueError with one sentence if the folder is not prepared data.
+
+def run_baseline(folder: Path) -> dict:
+    """The yardstick on a run's data, from <folder>/eval/baseline.json or else measured into it.
+
+    Raises FileNotFoundError or ValueError with one sentence if there is no such run or data.
     """
-    data_path = Path(data_path)
+    data_path = Path(run_config(folder).get("data_path") or "nowhere")
+    file = folder / "eval" / "baseline.json"
+    if file.is_file():
+        known = json.loads(file.read_text())
+        if known["data_path"] == str(data_path):
+            return known
+    if not data_path.is_dir():
+        raise FileNotFoundError(
+            f"{folder}: the run's prepared data is not at {data_path} any more."
+        )
     result = {
         "order": 2,
         "bits_per_byte": bits_per_byte(
@@ -91,3 +121,16 @@ def _texts(data_path: Path, side: str, limit: float = float("inf")) -> Iterator[
         limit -= len(text)
         if limit <= 0:
             return
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="report")
+def main(config: DictConfig) -> None:
+    try:
+        result = run_baseline(resolve_path(config.run))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"baseline    order-2 model of bytes: {result['bits_per_byte']:.3f} bits per byte")
+
+
+if __name__ == "__main__":
+    main()

@@ -63,9 +63,8 @@ class Haystack:
         return cls(documents, checkpoint.tokenizer, longest)
 
     @classmethod
-    def from_file(cls, path: str | Path, tokenizer: Tokenizer, longest: int) -> Haystack:
+    def from_file(cls, path: Path, tokenizer: Tokenizer, longest: int) -> Haystack:
         """A text file of the user's own."""
-        path = Path(path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"haystack={path}: there is no such file.")
         try:

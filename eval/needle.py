@@ -34,7 +34,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer
 
-from data.config import from_config
+from data.config import from_config, resolve_path
 from data.tokenizer import end_of_text_id
 from eval.accuracy import show, summarize
 from eval.haystack import Haystack
@@ -238,7 +238,7 @@ def run_needle(
     """
     tokenizer, longest = checkpoint.tokenizer, max(settings.lengths)
     if settings.haystack:
-        haystack = Haystack.from_file(settings.haystack, tokenizer, longest)
+        haystack = Haystack.from_file(resolve_path(settings.haystack), tokenizer, longest)
     else:
         haystack = Haystack.held_out(checkpoint, longest)
     if haystack.size < longest:
@@ -346,7 +346,7 @@ def main(config: DictConfig) -> None:
         settings = from_config(NeedleSettings, config, "needle")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        checkpoint = load_checkpoint(path, device)
+        checkpoint = load_checkpoint(resolve_path(path), device)
         print(f"needle      {checkpoint.path}")
         results = run_needle(checkpoint, settings)
     except (ValueError, FileNotFoundError) as error:

@@ -24,7 +24,8 @@ import yaml
 from omegaconf import DictConfig
 from safetensors import safe_open
 
-from eval.baseline import write_baseline
+from data.config import resolve_path
+from eval.baseline import run_baseline, run_config
 from eval.charts import Series, heat_table, line_chart, si, smooth
 from model.checkpoint import WEIGHTS, find_checkpoint
 
@@ -50,21 +51,16 @@ class Run:
 
 def load_run(folder: str | Path) -> Run:
     """Read a run's folder. Raises FileNotFoundError or ValueError with one sentence."""
-    folder = Path(folder).expanduser()
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(
-            f"run={folder} is not the folder of a run: it has no config.yaml; runs are in outputs/."
-        )
-    config = yaml.safe_load((folder / "config.yaml").read_text()) or {}
+    folder = Path(folder)
     metrics = _metrics(folder / "metrics.jsonl")
     needles = [_json(path) for path in (folder / "eval" / "needle").glob("*.json")]
     return Run(
         folder=folder,
-        config=config,
+        config=run_config(folder),
         training=[m for m in metrics if "loss" in m],
         validation=[m for m in metrics if "val/loss" in m],
         needle=max(needles, key=lambda n: n["step"], default=None),
-        baseline=_baseline(folder, config),
+        baseline=_baseline(folder),
         environment=_json(folder / "environment.json") or {},
         data=_json(folder / "data_summary.json") or {},
         num_parameters=_num_parameters(folder),
@@ -93,15 +89,12 @@ def _json(path: Path) -> dict | None:
         raise ValueError(f"{path} is not JSON.") from None
 
 
-def _baseline(folder: Path, config: dict) -> dict | None:
+def _baseline(folder: Path) -> dict | None:
     """The order-2 model on the run's data, measured now if that has not been done."""
-    file, data_path = folder / "eval" / "baseline.json", config.get("data_path")
-    known = _json(file)
-    if known and data_path in (None, known.get("data_path")):
-        return known
-    if not data_path or not (Path(data_path) / "validation").is_dir():
+    try:
+        return run_baseline(folder)
+    except FileNotFoundError:  # the data has moved
         return None
-    return write_baseline(data_path, file)
 
 
 def _num_parameters(folder: Path) -> int | None:
@@ -328,7 +321,7 @@ def _duration(seconds: float) -> str:
 @hydra.main(version_base=None, config_path="../conf", config_name="report")
 def main(config: DictConfig) -> None:
     try:
-        path = write_report(config.run)
+        path = write_report(resolve_path(config.run))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(f"report      {path}")

@@ -1,11 +1,13 @@
 """The order-2 model on sources whose entropy is known."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 from data.shards import ShardWriter
 from data.tokenizer import encode_documents, end_of_text_id, fingerprint, vocab_size
-from eval.baseline import bits_per_byte, write_baseline
+from eval.baseline import bits_per_byte, run_baseline
 from tests.eval.conftest import TEXT
 
 
@@ -57,23 +59,26 @@ def test_documents_are_apart():
     assert apart < 0.1 < 1 < joined  # where documents start and end was learnt, or was not
 
 
-def test_prepared_data(tmp_path, tokenizer):
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    for side, texts in {
-        "train": [TEXT[:9000], TEXT[9000:20000]],
-        "validation": [TEXT[20000:]],
-    }.items():
+def test_on_the_data_of_a_run(tmp_path, tokenizer):
+    data, run = tmp_path / "data", tmp_path / "run"
+    splits = {"train": [TEXT[:9000], TEXT[9000:20000]], "validation": [TEXT[20000:]]}
+    for side, texts in splits.items():
         writer = ShardWriter(
-            tmp_path / side,
-            vocab_size(tokenizer),
-            end_of_text_id(tokenizer),
-            fingerprint(tokenizer),
+            data / side, vocab_size(tokenizer), end_of_text_id(tokenizer), fingerprint(tokenizer)
         )
         for tokens, num_bytes in encode_documents(tokenizer, texts):
             writer.add(tokens, num_bytes)
         writer.close()
-    result = write_baseline(tmp_path, tmp_path / "eval" / "baseline.json")
-    expected = bits_per_byte(
-        [TEXT[:9000].encode(), TEXT[9000:20000].encode()], [TEXT[20000:].encode()]
-    )
-    assert result["bits_per_byte"] == pytest.approx(expected, rel=1e-12)
+    tokenizer.save(str(data / "tokenizer.json"))
+    run.mkdir()
+    (run / "config.yaml").write_text(f"data_path: {data}\n")
+    training, validation = ([text.encode() for text in texts] for texts in splits.values())
+    expected = bits_per_byte(training, validation)
+    assert run_baseline(run)["bits_per_byte"] == pytest.approx(expected, rel=1e-12)
+    shutil.rmtree(data)
+    assert run_baseline(run)["bits_per_byte"] == pytest.approx(expected, rel=1e-12)  # kept
+    (run / "config.yaml").write_text("data_path: elsewhere\n")
+    with pytest.raises(FileNotFoundError, match="not at elsewhere any more"):
+        run_baseline(run)
+    with pytest.raises(FileNotFoundError, match="is not the folder of a run"):
+        run_baseline(data)

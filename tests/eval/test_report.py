@@ -57,7 +57,7 @@ def needle_results():
 def run(tmp_path):
     """A run's folder with everything but weights."""
     config = {
-        "name": EVIL, "train": {"seq_len": 1024},
+        "name": EVIL, "data_path": "nowhere", "train": {"seq_len": 1024},
         "attention": {"_target_": "model.attention.nsa.NSAAttention"},
     }  # fmt: skip
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -81,7 +81,9 @@ def run(tmp_path):
     )
     (tmp_path / "eval" / "needle").mkdir(parents=True)
     (tmp_path / "eval" / "needle" / "step_00000040.json").write_text(json.dumps(needle_results()))
-    (tmp_path / "eval" / "baseline.json").write_text(json.dumps({"bits_per_byte": 2.75}))
+    (tmp_path / "eval" / "baseline.json").write_text(
+        json.dumps({"bits_per_byte": 2.75, "data_path": "nowhere"})
+    )
     return tmp_path
 
 
@@ -172,4 +174,4 @@ def test_the_script(run):
     assert done.returncode == 0 and str(run / "report.html") in done.stdout, done.stderr
     done = run_script("eval/report.py", "run=nowhere")
     assert done.returncode == 1
-    assert done.stderr.startswith("error: run=nowhere is not") and done.stderr.count("\n") == 1
+    assert "nowhere is not the folder of a run" in done.stderr and done.stderr.count("\n") == 1
