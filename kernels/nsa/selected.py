@@ -75,6 +75,7 @@ class Shape:
             DK_PAD=self.dim_pad, DV_PAD=self.value_pad, NUM_SELECTED=self.num_selected,
             BLOCK=self.block, KEYS=self.keys, QUERIES=self.queries,
             ROWS=triton.next_power_of_2(self.queries * self.group),
+            INT64=self.tokens * self.heads * max(dim, value_dim) >= 1 << 31,  # costs registers
         )  # fmt: skip
 
     def partial_bytes(self, dim: int) -> int:
@@ -139,12 +140,25 @@ def _list_forward(
 
 
 @triton.jit
+def load_rows(x, row, WIDTH: tl.constexpr, PAD: tl.constexpr, INT64: tl.constexpr):
+    """Rows of x [R, WIDTH] as [len(row), PAD], zero past WIDTH."""
+    column = tl.arange(0, PAD)
+    if INT64:
+        row = row.to(tl.int64)
+    pointers = x + (row[:, None] * WIDTH + column[None, :])
+    if WIDTH == PAD:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
 def _union_forward_kernel(
     q, k_desc, v_desc, o, lse, tiles, key_rows, members, counts, cu_seqlens, key_major, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    HAS_KEY_MAJOR: tl.constexpr,
+    INT64: tl.constexpr, HAS_KEY_MAJOR: tl.constexpr,
 ):  # fmt: skip
     """One tile of QUERIES queries x GROUP heads against the union of its blocks."""
     tile = tl.program_id(0)
@@ -204,6 +218,7 @@ def _list_forward_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    INT64: tl.constexpr,
 ):  # fmt: skip
     """One key block against the queries of a work item; a partial softmax row for every pair."""
     item = tl.program_id(0)
@@ -226,27 +241,27 @@ def _list_forward_kernel(
     head_pairs = num_tokens.to(tl.int64) * NUM_SELECTED
     pairs += head * head_pairs
     row = tl.arange(0, ROWS)
-    dk, dv = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
+    dv = tl.arange(0, DV_PAD)
     key = tl.arange(0, KEYS)
     k_tile = k_desc.load([first, head * DK])
     v_tile = v_desc.load([first, head * DV])
     for i in range(start, end, QUERIES):
-        place = i + row // GROUP
-        valid = (place < end) & (row // GROUP < QUERIES)
-        pair = tl.load(pairs + place, mask=valid, other=0)
+        # Rows past the end read the last query and are not stored.
+        valid = i + row // GROUP < end
+        if QUERIES * GROUP != ROWS:
+            valid = valid & (row // GROUP < QUERIES)
+        pair = tl.load(pairs + tl.minimum(i + row // GROUP, end - 1))
         token = pair // NUM_SELECTED
-        q_row = token.to(tl.int64) * HEADS + head * GROUP + row % GROUP
-        mask = valid[:, None] & (dk < DK)[None, :]
-        q_tile = tl.load(q + q_row[:, None] * DK + dk[None, :], mask=mask, other=0.0)
+        q_tile = load_rows(q, token * HEADS + head * GROUP + row % GROUP, DK, DK_PAD, INT64)
         s = tl.dot(q_tile, k_tile.T, input_precision="ieee")
         last = token - first
         if KEYS != BLOCK:
             last = tl.minimum(last, BLOCK - 1)
         s = tl.where(key[None, :] <= last[:, None], s, float("-inf"))
         # Every pair sees at least the block's first key, so the maximum is finite.
-        peak = tl.where(valid, tl.max(s, 1), 0.0)
+        peak = tl.max(s, 1)
         p = tl.exp2(s * scale_log2 - (peak * scale_log2)[:, None])
-        total = tl.where(valid, tl.sum(p, 1), 1.0)
+        total = tl.sum(p, 1)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, input_precision="ieee") / total[:, None]
         out = (local_head * head_pairs + pair) * GROUP + row % GROUP
         mask = valid[:, None] & (dv < DV)[None, :]
@@ -261,6 +276,7 @@ def _merge_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    INT64: tl.constexpr,
 ):  # fmt: skip
     """Join the partial rows of each query by their log-sum-exp."""
     tile = tl.program_id(0)

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from kernels.nsa.csr import BlockLists, block_lists, work_items
 from kernels.nsa.geometry import Geometry
-from kernels.nsa.selected import KEY_MAJOR_GROUP, LN2, WORKSPACE, Shape
+from kernels.nsa.selected import KEY_MAJOR_GROUP, LN2, WORKSPACE, Shape, load_rows
 from kernels.nsa.tiles import tile_map
 from kernels.nsa.union import block_unions, tile_queries
 
@@ -77,7 +77,7 @@ def _key_gradients(
     items = work_items(lists, shape.item_pairs(), heads)
     dk_split = dk.new_empty(items.split_items, shape.block, dk.shape[2], dtype=torch.float32)
     dv_split = dv.new_empty(items.split_items, shape.block, dv.shape[2], dtype=torch.float32)
-    wide = shape.keys > 64 or shape.dim_pad > 128 or partial is not None
+    wide = shape.keys > 64 or shape.dim_pad > 128
     num_blocks, num_lists = lists.blocks.shape[0], items.ends.numel()
     common = (lists.blocks, cu_seqlens, items.ends, items.split_ends, dk_split, dv_split, dk, dv)
     _key_gradient_kernel[(items.lists.numel(),)](
@@ -125,6 +125,7 @@ def _query_gradient_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    INT64: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries over the union of its blocks, and delta for the key gradients."""
     tile = tl.program_id(0)
@@ -171,6 +172,51 @@ def _query_gradient_kernel(
 
 
 @triton.jit
+def _add_queries(
+    do, q, lse, delta, partial, pairs, i, end, first, k_tile, v_tile, dk_acc, dv_acc, head,
+    first_pair, scale, scale_log2,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr, BLOCK: tl.constexpr,
+    KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr, INT64: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add what the queries pairs[i : i + QUERIES] give to dK and dV of a block."""
+    row = tl.arange(0, ROWS)
+    query = row // GROUP
+    dk_col, dv_col = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
+    key = tl.arange(0, KEYS)
+    # Rows past the end read the last query and then count for nothing.
+    valid = i + query < end
+    if QUERIES * GROUP != ROWS:
+        valid = valid & (query < QUERIES)
+    pair = tl.load(pairs + tl.minimum(i + query, end - 1))
+    token = pair // NUM_SELECTED
+    q_row = token * HEADS + head * GROUP + row % GROUP
+    q_tile = load_rows(q, q_row, DK, DK_PAD, INT64)
+    do_tile = load_rows(do, q_row, DV, DV_PAD, INT64)
+    lse_log2 = tl.load(lse + q_row) * 1.4426950408889634
+    lse_log2 = tl.where(valid, lse_log2, float("inf"))
+    row_delta = tl.load(delta + q_row)
+    s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
+    dp = tl.dot(v_tile, do_tile.T, input_precision="ieee")
+    p = tl.exp2(s * scale_log2 - lse_log2[None, :])
+    if MASKED:
+        last = token - first
+        if KEYS != BLOCK:
+            last = tl.minimum(last, BLOCK - 1)
+        p = tl.where(key[:, None] <= last[None, :], p, 0.0)
+    dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision="ieee")
+    ds = (p * (dp - row_delta[None, :])).to(q_tile.dtype)
+    dk_acc = tl.dot(ds, q_tile, dk_acc, input_precision="ieee")
+    if HAS_PARTIAL:
+        dq_part = (tl.dot(ds.T, k_tile, input_precision="ieee") * scale).to(q_tile.dtype)
+        out = (first_pair + pair) * GROUP + row % GROUP
+        mask = valid[:, None] & (dk_col < DK)[None, :]
+        tl.store(partial + out[:, None] * DK + dk_col[None, :], dq_part, mask=mask)
+    return dk_acc, dv_acc
+
+
+@triton.jit
 def _key_gradient_kernel(
     do, q, k_desc, v_desc, lse, delta, partial, pairs, starts, item_lists, blocks, cu_seqlens,
     item_ends, split_ends, dk_split, dv_split, dk, dv, first_head, num_tokens, num_blocks,
@@ -178,7 +224,7 @@ def _key_gradient_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    HAS_PARTIAL: tl.constexpr, DESCEND: tl.constexpr = False,
+    INT64: tl.constexpr, HAS_PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one key block over one work item; all G heads of a query share a tile."""
     item = tl.program_id(0)
@@ -198,42 +244,28 @@ def _key_gradient_kernel(
     end = tl.minimum(start + item_pairs, tl.load(starts + 1))
     head_pairs = num_tokens.to(tl.int64) * NUM_SELECTED
     pairs += head * head_pairs
-    row = tl.arange(0, ROWS)
-    query = row // GROUP
     dk_col, dv_col = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
     key = tl.arange(0, KEYS)
     k_tile = k_desc.load([first, head * DK])
     v_tile = v_desc.load([first, head * DV])
     dk_acc = tl.zeros([KEYS, DK_PAD], tl.float32)
     dv_acc = tl.zeros([KEYS, DV_PAD], tl.float32)
-    for i in range(start, end, QUERIES):
-        place = i + query
-        valid = (place < end) & (query < QUERIES)
-        if DESCEND:
-            place = start + end - 1 - place
-        pair = tl.load(pairs + place, mask=valid, other=0)
-        token = pair // NUM_SELECTED
-        q_row = token.to(tl.int64) * HEADS + head * GROUP + row % GROUP
-        q_mask = valid[:, None] & (dk_col < DK)[None, :]
-        o_mask = valid[:, None] & (dv_col < DV)[None, :]
-        q_tile = tl.load(q + q_row[:, None] * DK + dk_col[None, :], mask=q_mask, other=0.0)
-        do_tile = tl.load(do + q_row[:, None] * DV + dv_col[None, :], mask=o_mask, other=0.0)
-        lse_log2 = tl.load(lse + q_row, mask=valid, other=0.0) * 1.4426950408889634
-        row_delta = tl.load(delta + q_row, mask=valid, other=0.0)
-        last = tl.where(valid, token - first, -1)
-        if KEYS != BLOCK:
-            last = tl.minimum(last, BLOCK - 1)
-        s = tl.dot(k_tile, q_tile.T, input_precision="ieee")
-        dp = tl.dot(v_tile, do_tile.T, input_precision="ieee")
-        p = tl.exp2(s * scale_log2 - lse_log2[None, :])
-        p = tl.where(key[:, None] <= last[None, :], p, 0.0)
-        dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision="ieee")
-        ds = (p * (dp - row_delta[None, :])).to(q_tile.dtype)
-        dk_acc = tl.dot(ds, q_tile, dk_acc, input_precision="ieee")
-        if HAS_PARTIAL:
-            dq_part = (tl.dot(ds.T, k_tile, input_precision="ieee") * scale).to(q_tile.dtype)
-            out = (local_head * head_pairs + pair) * GROUP + row % GROUP
-            tl.store(partial + out[:, None] * DK + dk_col[None, :], dq_part, mask=q_mask)
+    # Queries ascend, so those inside the block, the only ones with keys in their future, come first
+    # and number at most BLOCK.
+    inside: tl.constexpr = (BLOCK + QUERIES - 1) // QUERIES * QUERIES
+    masked_end = tl.where(item == before, tl.minimum(start + inside, end), start)
+    for i in range(start, masked_end, QUERIES):
+        dk_acc, dv_acc = _add_queries(
+            do, q, lse, delta, partial, pairs, i, end, first, k_tile, v_tile, dk_acc, dv_acc, head,
+            local_head * head_pairs, scale, scale_log2, HEADS, GROUP, DK, DV, DK_PAD, DV_PAD,
+            NUM_SELECTED, BLOCK, KEYS, QUERIES, ROWS, INT64, HAS_PARTIAL, True,
+        )  # fmt: skip
+    for i in range(masked_end, end, QUERIES):
+        dk_acc, dv_acc = _add_queries(
+            do, q, lse, delta, partial, pairs, i, end, first, k_tile, v_tile, dk_acc, dv_acc, head,
+            local_head * head_pairs, scale, scale_log2, HEADS, GROUP, DK, DV, DK_PAD, DV_PAD,
+            NUM_SELECTED, BLOCK, KEYS, QUERIES, ROWS, INT64, HAS_PARTIAL, KEYS != BLOCK,
+        )  # fmt: skip
 
     split = tl.load(item_ends + list_id) - before > 1
     if split:
@@ -263,6 +295,7 @@ def _join_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    INT64: tl.constexpr,
 ):  # fmt: skip
     """Add the partial dK and dV of a split list in the order of its items."""
     list_id = tl.program_id(0)
@@ -298,6 +331,7 @@ def _sum_query_gradient_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
+    INT64: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of queries: the sum of the partial rows that its blocks left."""
     tile = tl.program_id(0)
