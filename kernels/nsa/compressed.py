@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.nsa.flash import Keys, Tile, Tiles, flash_backward, flash_forward
+from kernels.nsa.flash import Keys, flash_backward, flash_forward
 from kernels.nsa.geometry import Geometry
 
 
@@ -17,22 +17,18 @@ def compressed_forward(
     logarithm; a token before the first complete block gets o = 0 and lse = -inf.
     """
     keys = _keys(cu_seqlens, geometry)
-    return flash_forward(q, k_cmp, v_cmp, cu_seqlens, keys, _tiles(q, k_cmp, v_cmp).forward, scale)
+    return flash_forward(q, k_cmp, v_cmp, cu_seqlens, keys, scale)
 
 
 def compressed_backward(
     do, q, k_cmp, v_cmp, o, lse, cu_seqlens, max_seqlen: int, geometry: Geometry, scale: float
 ):
     """Gradients dq, dk_cmp, dv_cmp of compressed_forward; zero for rows no document uses."""
-    keys, tiles = _keys(cu_seqlens, geometry), _tiles(q, k_cmp, v_cmp)
+    keys = _keys(cu_seqlens, geometry)
     inputs = do, q, k_cmp, v_cmp, o, lse, cu_seqlens, max_seqlen
-    return flash_backward(*inputs, keys, tiles, scale)
+    return flash_backward(*inputs, keys, scale)
 
 
 def _keys(cu_seqlens, geometry: Geometry) -> Keys:
     offsets = geometry.compressed_offsets(cu_seqlens)
     return Keys(offsets, geometry.compress_stride, geometry.compress_block - 1, None)
-
-
-def _tiles(q, k, v) -> Tiles:
-    return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))

@@ -7,13 +7,16 @@ window branch are the two uses.
 
 Rows are packed by group: the G query heads of a KV head share its keys, so a tile holds
 rows = (query, head of the group), at least 64 of them, which is what wgmma needs. G is padded to a
-power of two inside a tile. Head dimensions are padded to a power of two by the TMA unit, which
-fills what lies outside a tensor with zeros.
+power of two inside a tile, and so are head dimensions, by the TMA unit, which fills what lies
+outside a tensor with zeros.
 
 Backward in two kernels, 7 matrix products instead of the 5 of a fused one, because a fused one
 needs a sum over programs for dQ: by fp32 atomics, which are not deterministic and were slower.
 dQ is query-major and leaves delta = sum(dO * O) behind; dK/dV is key-major and may be split over
 chunks of queries, each with an fp32 partial, summed in a fixed order by a third kernel.
+
+The kernels exist in portable Triton (flash_triton.py), which also runs in the interpreter, and,
+for what Triton schedules badly, in Gluon for Hopper (flash_hopper.py, flash_hopper_backward.py).
 """
 
 from __future__ import annotations
@@ -23,34 +26,29 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.nsa import flash_triton
+from kernels.nsa.flash_triton import ALIGN, Tile, padded
 from kernels.nsa.tiles import tile_map
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-ALIGN = tl.constexpr(4)  # fp32 numbers in the 16 bytes where a TMA copy may begin
-
-# dK/dV programs that keep the GPU busy to the end: eight rounds over the 132 multiprocessors of an
-# H100. A constant, so that the order of the sums does not depend on the device.
-PROGRAMS = 1056
+# dK/dV programs that keep the GPU busy to the end: rounds over the 132 multiprocessors of an H100.
+# A constant, so that the order of the sums does not depend on the device.
+PROGRAMS = 2112
 MIN_CHUNK = 512  # queries; fewer do not pay for a partial
 
 
-class Tile(NamedTuple):
-    """How one kernel cuts its work: `rows` (query, head) pairs by `keys` keys a step."""
+class HopperTile(NamedTuple):
+    """How a Gluon kernel cuts its work: as Tile, its warps being fixed."""
 
     rows: int
     keys: int
-    warps: int
     stages: int
-    peel: bool = True  # run the steps that need no mask in a loop of their own
 
 
 class Tiles(NamedTuple):
-    forward: Tile
-    dq: Tile
-    dkv: Tile
+    forward: Tile | HopperTile
+    dq: Tile | HopperTile
+    dkv: Tile | HopperTile
 
 
 class Keys(NamedTuple):
@@ -65,77 +63,95 @@ class Keys(NamedTuple):
     window: int | None
 
 
-def flash_forward(q, k, v, cu_seqlens, keys: Keys, tile: Tile, scale: float):
+# By padded head dimension. Measured on an H100 (Triton 3.6, bf16, 65,536 tokens, 16/4 and 64/4
+# heads): independent 64-row programs, two to four on a multiprocessor, overlap one's softmax with
+# another's products; programs of 8 warps run in lockstep and were up to 1.5 times slower.
+# Dimension 256 is what fits into shared memory and registers; it was not tuned.
+PORTABLE = {
+    64: Tiles(Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+    128: Tiles(Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    256: Tiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2)),
+}
+# fp32 is for tests: its products run outside the tensor cores.
+FLOAT32 = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+# Dimension 128 only; at 64 the softmax is the limit and the portable kernels were faster.
+# Against those, at 65,536 tokens and 64/4 heads, ms compressed and window: forward 7.4 for 9.9 and
+# 2.8 for 3.4, dQ 9.8 for 12.0 and 3.5 for 4.3, dK/dV of the window 4.6 for 6.4.
+HOPPER = Tiles(HopperTile(128, 128, 2), HopperTile(128, 64, 3), HopperTile(64, 128, 3))
+HOPPER_WINDOW = HOPPER._replace(forward=HopperTile(128, 64, 3))
+
+
+def _tiles(q, k, v, keys: Keys) -> Tiles:
+    dims = q.shape[2], v.shape[2]
+    if q.dtype == torch.float32:
+        return FLOAT32
+    if q.is_cuda and dims == (128, 128) and q.shape[1] <= 64 * k.shape[1] and torch.cuda.get_device_capability(q.device)[0] == 9:
+        return HOPPER if keys.window is None else HOPPER_WINDOW
+    return PORTABLE[max(padded(max(dims)), 64)]
+
+
+def flash_forward(q, k, v, cu_seqlens, keys: Keys, scale: float):
     """o [T, H, Dv] in q's dtype and lse [T, H] fp32; a query that sees nothing gets 0 and -inf."""
-    tokens, heads, _ = q.shape
-    o = q.new_empty(tokens, heads, v.shape[2])
-    lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    shape = _shape(q, k, v, keys)
-    queries = tile.rows // shape["GP"]
-    tiles = tile_map(cu_seqlens, tokens, queries)
-    _forward[(len(tiles), k.shape[1])](
-        q, _key_tiles(k, tile.keys), _key_tiles(v, tile.keys), o, lse,
-        tiles, cu_seqlens, keys.cu_keys, keys.window or 0, scale,
-        **shape, BQ=queries, BN=tile.keys, PEEL=tile.peel,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    _check(q, k, v)
+    o = q.new_empty(*q.shape[:2], v.shape[2])
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    tile = _tiles(q, k, v, keys).forward
+    _backend(tile).forward(q, k, v, o, lse, cu_seqlens, keys, tile, scale)
     return o, lse
 
 
-def flash_backward(
-    do, q, k, v, o, lse, cu_seqlens, max_seqlen: int, keys: Keys, tiles: Tiles, scale: float
-):
+def flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen: int, keys: Keys, scale: float):
     """dq, dk, dv of flash_forward; key rows that no document uses get exactly zero."""
-    dq, stats = _backward_dq(do, q, k, v, o, lse, cu_seqlens, keys, tiles.dq, scale)
-    inputs = do, q, k, v, stats, cu_seqlens, max_seqlen
-    return dq, *_backward_dkv(*inputs, keys, tiles.dkv, scale)
-
-
-def _backward_dq(do, q, k, v, o, lse, cu_seqlens, keys: Keys, tile: Tile, scale: float):
-    shape = _shape(q, k, v, keys)
-    tokens, kv_heads = q.shape[0], k.shape[1]
-    dq = torch.empty_like(q)
-    # Room for every document to start at a multiple of ALIGN rows, see _stat_row.
+    tiles = _tiles(q, k, v, keys)
+    tokens, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    # Room for every document to start at a multiple of ALIGN rows, see flash_triton.stat_row.
     rows = (tokens // ALIGN.value + cu_seqlens.numel() - 1) * ALIGN.value
-    stats = torch.empty(2, kv_heads, rows, shape["GP"], dtype=torch.float32, device=q.device)
-    queries = tile.rows // shape["GP"]
-    work = tile_map(cu_seqlens, tokens, queries)
-    _dq[(len(work), kv_heads)](
-        q, _key_tiles(k, tile.keys), _key_tiles(v, tile.keys), o, do, lse, *stats, dq,
-        work, cu_seqlens, keys.cu_keys, keys.window or 0, scale, rows,
-        **shape, BQ=queries, BN=tile.keys, PEEL=tile.peel,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return dq, stats
+    group = triton.next_power_of_2(heads // kv_heads)
+    stats = torch.empty(2, kv_heads, rows, group, dtype=torch.float32, device=q.device)
+    dq = torch.empty_like(q)
+    inputs = do, q, k, v, o, lse, stats, dq, cu_seqlens, keys
+    _backend(tiles.dq).backward_dq(*inputs, tiles.dq, scale)
 
-
-def _backward_dkv(
-    do, q, k, v, stats, cu_seqlens, max_seqlen: int, keys: Keys, tile: Tile, scale: float
-):
-    shape = _shape(q, k, v, keys)
-    queries = tile.rows // shape["GP"]
+    tile = tiles.dkv
     work = tile_map(keys.cu_keys, k.shape[0], tile.keys)
-    num_chunks = _num_chunks(len(work) * k.shape[1], max_seqlen, keys)
+    num_chunks = _num_chunks(len(work) * kv_heads, max_seqlen, keys)
     chunk = triton.cdiv(max_seqlen, num_chunks * ALIGN.value) * ALIGN.value
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-    if num_chunks == 1:
-        parts = dk, dv
-    else:
-        parts = [x.new_empty(num_chunks, *x.shape, dtype=torch.float32) for x in (k, v)]
-    _dkv[(len(work), k.shape[1], num_chunks)](
-        _query_tiles(q, queries, shape["GP"]), k, v, _query_tiles(do, queries, shape["GP"]),
-        *(TensorDescriptor.from_tensor(x.view(-1), [tile.rows]) for x in stats), *parts,
-        work, cu_seqlens, keys.cu_keys, keys.window or 0, scale, chunk, stats.shape[2], k.shape[0],
-        **shape, BQ=queries, BN=tile.keys, PEEL=tile.peel, SPLIT=num_chunks > 1,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    parts = dk, dv
     if num_chunks > 1:
-        _sum_chunks[(len(work), k.shape[1])](
+        parts = [x.new_empty(num_chunks, *x.shape, dtype=torch.float32) for x in (k, v)]
+    inputs = do, q, k, v, stats, *parts, work, num_chunks, chunk, cu_seqlens, keys
+    _backend(tile).backward_dkv(*inputs, tile, scale)
+    if num_chunks > 1:
+        _sum_chunks[(len(work), kv_heads)](
             *parts, dk, dv, work, cu_seqlens, keys.cu_keys, chunk, k.shape[0],
-            HKV=shape["HKV"], DK=shape["DK"], DV=shape["DV"], DKP=shape["DKP"], DVP=shape["DVP"],
-            STRIDE=shape["STRIDE"], OFFSET=shape["OFFSET"], BN=tile.keys, ROWS=16, num_warps=4,
+            HKV=kv_heads, DK=k.shape[2], DV=v.shape[2],
+            DKP=padded(k.shape[2]), DVP=padded(v.shape[2]),
+            STRIDE=keys.stride, OFFSET=keys.offset, BN=tile.keys, ROWS=16, num_warps=4,
         )  # fmt: skip
-    return dk, dv
+    return dq, dk, dv
+
+
+def _backend(tile: Tile | HopperTile):
+    """The module whose kernels take such a tile. Gluon is imported only where it will run."""
+    if isinstance(tile, HopperTile):
+        from kernels.nsa import flash_hopper
+
+        return flash_hopper
+    return flash_triton
+
+
+def _check(q, k, v) -> None:
+    """ValueError, in a sentence, for what no tile is made for."""
+    widest = max(q.shape[2], v.shape[2])
+    if q.shape[2] % 8 or v.shape[2] % 8 or widest > 256:
+        raise ValueError(
+            f"NSA kernels take head dimensions that are multiples of 8 up to 256, "
+            f"not {q.shape[2]} for keys and {v.shape[2]} for values."
+        )
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"NSA kernels take bfloat16, float16 or float32, not {q.dtype}.")
 
 
 def _num_chunks(programs: int, max_seqlen: int, keys: Keys) -> int:
@@ -144,372 +160,6 @@ def _num_chunks(programs: int, max_seqlen: int, keys: Keys) -> int:
         return 1
     wanted = triton.cdiv(PROGRAMS, max(programs, 1))
     return max(min(wanted, max_seqlen // MIN_CHUNK), 1)
-
-
-def _shape(q, k, v, keys: Keys) -> dict[str, int | bool]:
-    """The compile-time sizes all kernels share."""
-    heads, dim = q.shape[1:]
-    kv_heads, value_dim = k.shape[1], v.shape[2]
-    return dict(
-        H=heads,
-        HKV=kv_heads,
-        G=heads // kv_heads,
-        GP=triton.next_power_of_2(heads // kv_heads),
-        DK=dim,
-        DV=value_dim,
-        DKP=max(triton.next_power_of_2(dim), 16),
-        DVP=max(triton.next_power_of_2(value_dim), 16),
-        STRIDE=keys.stride,
-        OFFSET=keys.offset,
-        WINDOWED=keys.window is not None,
-    )
-
-
-def _key_tiles(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """Tiles of `rows` keys of one head of x [N, Hkv, D], for _load_keys."""
-    dim = max(triton.next_power_of_2(x.shape[2]), 16)
-    if dim == x.shape[2]:
-        return TensorDescriptor.from_tensor(x.flatten(1), [rows, dim])
-    return TensorDescriptor.from_tensor(x, [rows, 1, dim])
-
-
-def _query_tiles(x: torch.Tensor, queries: int, group: int) -> TensorDescriptor:
-    """Tiles [queries, group, D] of x [T, H, D]."""
-    dim = max(triton.next_power_of_2(x.shape[2]), 16)
-    return TensorDescriptor.from_tensor(x, [queries, group, dim])
-
-
-@triton.jit
-def _load_keys(desc, row, h, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """[ROWS, DP] from `row` on, columns past D zero."""
-    if D == DP:
-        return desc.load([row, h * D])
-    else:
-        return desc.load([row, h, 0]).reshape(ROWS, DP)
-
-
-@triton.jit
-def _num_complete(t, STRIDE: tl.constexpr, OFFSET: tl.constexpr):
-    """Keys that are complete at position t >= 0."""
-    return tl.maximum(t - OFFSET + STRIDE, 0) // STRIDE
-
-
-@triton.jit
-def _stat_row(document, token0, h, num_stats):
-    """Where a document's rows begin in the per-row statistics [Hkv, num_stats, GP]: aligned."""
-    return h * num_stats + (token0 // ALIGN + document) * ALIGN
-
-
-@triton.jit
-def _visible(n, t, window, STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr):
-    """Mask of keys n against positions t, which broadcast against each other."""
-    seen = n < _num_complete(t, STRIDE, OFFSET)
-    if WINDOWED:
-        seen = seen & (n > t - window)
-    return seen
-
-
-@triton.jit
-def _key_steps(
-    first, last, window,
-    STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Steps of BN keys for the queries first..last: (first key, steps, first full, end of full).
-
-    Full steps hold only keys that all these queries see.
-    """
-    begin = 0
-    full_begin = 0
-    if WINDOWED:
-        begin = tl.maximum(first - window + 1, 0)
-        full_begin = tl.cdiv(tl.maximum(last - window + 1, 0) - begin, BN)
-    steps = tl.cdiv(tl.maximum(_num_complete(last, STRIDE, OFFSET) - begin, 0), BN)
-    full_end = tl.maximum(_num_complete(first, STRIDE, OFFSET) - begin, 0) // BN
-    return begin, steps, full_begin, tl.maximum(full_begin, full_end)
-
-
-@triton.jit
-def _softmax_step(
-    q, k_desc, v_desc, m, l, acc, n0, t, key0, h, window, scale,
-    DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
-    BN: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """One step of the online softmax: q [M, DKP] against keys n0 .. n0 + BN - 1.
-
-    m [M] is the running maximum of scale * logits in base 2, finite from the start so that a row
-    that sees nothing meets no inf - inf.
-    """
-    k = _load_keys(k_desc, key0 + n0, h, BN, DK, DKP)
-    s = tl.dot(q, k.T, input_precision="ieee")
-    if MASK:
-        n = n0 + tl.arange(0, BN)
-        seen = _visible(n[None, :], t[:, None], window, STRIDE, OFFSET, WINDOWED)
-        s = tl.where(seen, s, float("-inf"))
-    new_m = tl.maximum(m, tl.max(s, 1) * scale)
-    alpha = tl.exp2(m - new_m)
-    p = tl.exp2(s * scale - new_m[:, None])
-    l = l * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    v = _load_keys(v_desc, key0 + n0, h, BN, DV, DVP)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-    return new_m, l, acc
-
-
-@triton.jit(do_not_specialize=["window"])
-def _forward(
-    q, k_desc, v_desc, o, lse, tiles, cu_queries, cu_keys, window, scale,
-    H: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, PEEL: tl.constexpr,
-):  # fmt: skip
-    # Late tiles first: they see the most keys, and short ones fill the tail of the launch.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    h = tl.program_id(1)
-    document = tl.load(tiles + 2 * tile)
-    if document < 0:
-        return
-    first = tl.load(tiles + 2 * tile + 1)
-    token0 = tl.load(cu_queries + document)
-    length = tl.load(cu_queries + document + 1) - token0
-    key0 = tl.load(cu_keys + document)
-    scale_log2 = scale * LOG2E
-
-    M: tl.constexpr = BQ * GP
-    r = tl.arange(0, M)
-    t = first + r // GP
-    ok = (t < length) & (r % GP < G)
-    row = (token0 + t).to(tl.int64) * H + h * G + r % GP
-    dk = tl.arange(0, DKP)
-    dv = tl.arange(0, DVP)
-    qt = tl.load(q + row[:, None] * DK + dk[None, :], mask=ok[:, None] & (dk < DK)[None, :], other=0.0)
-    m = tl.full([M], -1.0e30, tl.float32)
-    l = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, DVP], tl.float32)
-
-    last = tl.minimum(first + BQ, length) - 1
-    begin, steps, full_begin, full_end = _key_steps(first, last, window, STRIDE, OFFSET, WINDOWED, BN)
-    if PEEL:
-        for i in range(0, steps - (full_end - full_begin)):
-            n0 = begin + tl.where(i < full_begin, i, i + full_end - full_begin) * BN
-            m, l, acc = _softmax_step(
-                qt, k_desc, v_desc, m, l, acc, n0, t, key0, h, window, scale_log2,
-                DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, True,
-            )  # fmt: skip
-        for i in range(full_begin, full_end):
-            m, l, acc = _softmax_step(
-                qt, k_desc, v_desc, m, l, acc, begin + i * BN, t, key0, h, window, scale_log2,
-                DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, False,
-            )  # fmt: skip
-    else:
-        for i in range(0, steps):
-            m, l, acc = _softmax_step(
-                qt, k_desc, v_desc, m, l, acc, begin + i * BN, t, key0, h, window, scale_log2,
-                DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, True,
-            )  # fmt: skip
-
-    some = l > 0
-    l = tl.where(some, l, 1.0)
-    acc = acc / l[:, None]
-    keep = ok[:, None] & (dv < DV)[None, :]
-    tl.store(o + row[:, None] * DV + dv[None, :], acc.to(o.dtype.element_ty), mask=keep)
-    tl.store(lse + row, tl.where(some, (m + tl.log2(l)) * LN2, float("-inf")), mask=ok)
-
-
-@triton.jit
-def _dq_step(
-    q, do, k_desc, v_desc, lse, delta, acc, n0, t, key0, h, window, scale,
-    DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
-    BN: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    k = _load_keys(k_desc, key0 + n0, h, BN, DK, DKP)
-    v = _load_keys(v_desc, key0 + n0, h, BN, DV, DVP)
-    s = tl.dot(q, k.T, input_precision="ieee")
-    dp = tl.dot(do, v.T, input_precision="ieee")
-    p = tl.exp2(s * scale - lse[:, None])
-    if MASK:
-        n = n0 + tl.arange(0, BN)
-        seen = _visible(n[None, :], t[:, None], window, STRIDE, OFFSET, WINDOWED)
-        p = tl.where(seen, p, 0.0)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
-
-
-@triton.jit(do_not_specialize=["window", "num_stats"])
-def _dq(
-    q, k_desc, v_desc, o, do, lse, norms, deltas, dq,
-    tiles, cu_queries, cu_keys, window, scale, num_stats,
-    H: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, PEEL: tl.constexpr,
-):  # fmt: skip
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    h = tl.program_id(1)
-    document = tl.load(tiles + 2 * tile)
-    if document < 0:
-        return
-    first = tl.load(tiles + 2 * tile + 1)
-    token0 = tl.load(cu_queries + document)
-    length = tl.load(cu_queries + document + 1) - token0
-    key0 = tl.load(cu_keys + document)
-    scale_log2 = scale * LOG2E
-
-    M: tl.constexpr = BQ * GP
-    r = tl.arange(0, M)
-    t = first + r // GP
-    ok = (t < length) & (r % GP < G)
-    row = (token0 + t).to(tl.int64) * H + h * G + r % GP
-    dk = tl.arange(0, DKP)
-    dv = tl.arange(0, DVP)
-    k_mask = ok[:, None] & (dk < DK)[None, :]
-    v_mask = ok[:, None] & (dv < DV)[None, :]
-    dot = tl.load(do + row[:, None] * DV + dv[None, :], mask=v_mask, other=0.0)
-    ot = tl.load(o + row[:, None] * DV + dv[None, :], mask=v_mask, other=0.0)
-    dl = tl.sum(dot.to(tl.float32) * ot.to(tl.float32), 1)
-    # A row that is not there, or sees nothing, has p = exp2(s - inf) = 0 without further masks.
-    norm = tl.load(lse + row, mask=ok, other=float("inf")) * LOG2E
-    norm = tl.where(norm == float("-inf"), float("inf"), norm)
-    # One pair of numbers per row, as dK/dV reads them: a tile's rows side by side.
-    stat = (_stat_row(document, token0, h, num_stats) + first) * GP + r
-    tl.store(norms + stat, norm, mask=t < length)
-    tl.store(deltas + stat, dl, mask=t < length)
-    qt = tl.load(q + row[:, None] * DK + dk[None, :], mask=k_mask, other=0.0)
-    acc = tl.zeros([M, DKP], tl.float32)
-
-    last = tl.minimum(first + BQ, length) - 1
-    begin, steps, full_begin, full_end = _key_steps(first, last, window, STRIDE, OFFSET, WINDOWED, BN)
-    if PEEL:
-        for i in range(0, steps - (full_end - full_begin)):
-            n0 = begin + tl.where(i < full_begin, i, i + full_end - full_begin) * BN
-            acc = _dq_step(
-                qt, dot, k_desc, v_desc, norm, dl, acc, n0, t, key0, h, window, scale_log2,
-                DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, True,
-            )  # fmt: skip
-        for i in range(full_begin, full_end):
-            acc = _dq_step(
-                qt, dot, k_desc, v_desc, norm, dl, acc, begin + i * BN, t, key0, h, window,
-                scale_log2, DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, False,
-            )  # fmt: skip
-    else:
-        for i in range(0, steps):
-            acc = _dq_step(
-                qt, dot, k_desc, v_desc, norm, dl, acc, begin + i * BN, t, key0, h, window,
-                scale_log2, DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, True,
-            )  # fmt: skip
-    tl.store(dq + row[:, None] * DK + dk[None, :], (acc * scale).to(dq.dtype.element_ty), mask=k_mask)
-
-
-@triton.jit
-def _dkv_step(
-    q_desc, do_desc, norm_desc, delta_desc, k, v, dk, dv, t0, t_end, n, token0, stat0, h, window,
-    scale, G: tl.constexpr, GP: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
-    BQ: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """Add the rows of queries t0 .. t0 + BQ - 1 (those before t_end) to dk, dv [BN, D].
-
-    Logits are held transposed, [BN, rows], so that P^T and dS^T feed the next products from
-    registers.
-    """
-    q = q_desc.load([token0 + t0, h * G, 0]).reshape(BQ * GP, DKP)
-    do = do_desc.load([token0 + t0, h * G, 0]).reshape(BQ * GP, DVP)
-    norm = norm_desc.load([(stat0 + t0) * GP])
-    delta = delta_desc.load([(stat0 + t0) * GP])
-    s = tl.dot(k, q.T, input_precision="ieee")
-    dp = tl.dot(v, do.T, input_precision="ieee")
-    if MASK:
-        # Beyond t_end, the statistics are whatever lies in memory.
-        t = t0 + tl.arange(0, BQ * GP) // GP
-        norm = tl.where(t < t_end, norm, float("inf"))
-        delta = tl.where(t < t_end, delta, 0.0)
-    p = tl.exp2(s * scale - norm[None, :])
-    if MASK:
-        seen = _visible(n[:, None], t[None, :], window, STRIDE, OFFSET, WINDOWED)
-        p = tl.where(seen, p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    ds = p * (dp - delta[None, :])
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=["window", "chunk", "num_stats", "num_keys"])
-def _dkv(
-    q_desc, k, v, do_desc, norm_desc, delta_desc, dk, dv,
-    tiles, cu_queries, cu_keys, window, scale, chunk, num_stats, num_keys,
-    H: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, PEEL: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """dK, dV of one tile of keys from the queries of one chunk."""
-    tile = tl.program_id(0)  # early keys first: the most queries see them
-    h = tl.program_id(1)
-    c = tl.program_id(2)
-    document = tl.load(tiles + 2 * tile)
-    if document < 0:
-        return
-    first = tl.load(tiles + 2 * tile + 1)
-    token0 = tl.load(cu_queries + document)
-    length = tl.load(cu_queries + document + 1) - token0
-    key0 = tl.load(cu_keys + document)
-    count = tl.load(cu_keys + document + 1) - key0
-    last = tl.minimum(first + BN, count) - 1
-    scale_log2 = scale * LOG2E
-
-    # Queries begin .. end-1 see some key of the tile, full .. full_end-1 all of them.
-    begin = tl.maximum(first * STRIDE + OFFSET, c * chunk) // ALIGN * ALIGN
-    end = tl.minimum(length, (c + 1) * chunk)
-    if WINDOWED:
-        end = tl.minimum(end, last + window)
-    if begin >= end:
-        return
-    steps = tl.cdiv(end - begin, BQ)
-    full_begin = tl.minimum(tl.cdiv(tl.maximum(last * STRIDE + OFFSET - begin, 0), BQ), steps)
-    full_end = end
-    if WINDOWED:
-        full_end = tl.minimum(end, first + window)
-    full_end = tl.maximum(full_begin, tl.maximum(full_end - begin, 0) // BQ)
-    stat0 = _stat_row(document, token0, h, num_stats)
-
-    n = first + tl.arange(0, BN)
-    d = tl.arange(0, DKP)
-    e = tl.arange(0, DVP)
-    row = (key0 + n).to(tl.int64) * HKV + h
-    k_mask = (n < count)[:, None] & (d < DK)[None, :]
-    v_mask = (n < count)[:, None] & (e < DV)[None, :]
-    # Not through a descriptor: outside a loop that would leave them in registers.
-    kt = tl.load(k + row[:, None] * DK + d[None, :], mask=k_mask, other=0.0)
-    vt = tl.load(v + row[:, None] * DV + e[None, :], mask=v_mask, other=0.0)
-    dk_acc = tl.zeros([BN, DKP], tl.float32)
-    dv_acc = tl.zeros([BN, DVP], tl.float32)
-    if PEEL:
-        for i in range(0, steps - (full_end - full_begin)):
-            t0 = begin + tl.where(i < full_begin, i, i + full_end - full_begin) * BQ
-            dk_acc, dv_acc = _dkv_step(
-                q_desc, do_desc, norm_desc, delta_desc, kt, vt, dk_acc, dv_acc, t0, end, n, token0, stat0,
-                h, window, scale_log2, G, GP, DKP, DVP, STRIDE, OFFSET, WINDOWED, BQ, True,
-            )  # fmt: skip
-        for i in range(full_begin, full_end):
-            dk_acc, dv_acc = _dkv_step(
-                q_desc, do_desc, norm_desc, delta_desc, kt, vt, dk_acc, dv_acc, begin + i * BQ, end,
-                n, token0, stat0, h, window, scale_log2, G, GP, DKP, DVP, STRIDE, OFFSET, WINDOWED, BQ, False,
-            )  # fmt: skip
-    else:
-        for i in range(0, steps):
-            dk_acc, dv_acc = _dkv_step(
-                q_desc, do_desc, norm_desc, delta_desc, kt, vt, dk_acc, dv_acc, begin + i * BQ, end,
-                n, token0, stat0, h, window, scale_log2, G, GP, DKP, DVP, STRIDE, OFFSET, WINDOWED, BQ, True,
-            )  # fmt: skip
-
-    if SPLIT:
-        row += c.to(tl.int64) * num_keys * HKV
-    dk_acc = (dk_acc * scale).to(dk.dtype.element_ty)
-    tl.store(dk + row[:, None] * DK + d[None, :], dk_acc, mask=k_mask)
-    dv_acc = dv_acc.to(dv.dtype.element_ty)
-    tl.store(dv + row[:, None] * DV + e[None, :], dv_acc, mask=v_mask)
 
 
 @triton.jit(do_not_specialize=["chunk", "num_keys"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.nsa.flash import Keys, Tile, Tiles, flash_backward, flash_forward
+from kernels.nsa.flash import Keys, flash_backward, flash_forward
 
 
 def window_forward(q, k, v, cu_seqlens, max_seqlen: int, window: int, scale: float):
@@ -13,20 +13,16 @@ def window_forward(q, k, v, cu_seqlens, max_seqlen: int, window: int, scale: flo
     Returns o [T, H, Dv] in q's dtype and lse [T, H] fp32, natural logarithm.
     """
     keys = _keys(cu_seqlens, max_seqlen, window)
-    return flash_forward(q, k, v, cu_seqlens, keys, _tiles(q, k, v).forward, scale)
+    return flash_forward(q, k, v, cu_seqlens, keys, scale)
 
 
 def window_backward(
     do, q, k, v, o, lse, cu_seqlens, max_seqlen: int, window: int, scale: float
 ):
     """Gradients dq, dk, dv of window_forward."""
-    keys, tiles = _keys(cu_seqlens, max_seqlen, window), _tiles(q, k, v)
-    return flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, keys, tiles, scale)
+    keys = _keys(cu_seqlens, max_seqlen, window)
+    return flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, keys, scale)
 
 
 def _keys(cu_seqlens, max_seqlen: int, window: int) -> Keys:
     return Keys(cu_seqlens, 1, 0, window if window < max_seqlen else None)
-
-
-def _tiles(q, k, v) -> Tiles:
-    return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))

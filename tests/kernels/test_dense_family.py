@@ -132,9 +132,8 @@ geometries = st.builds(
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles so small that few tokens take every path: masked and full steps, several chunks."""
-    for module, peel in ((compressed, True), (window, False)):
-        tile = Tile(32, 16, 4, 1, peel)
-        monkeypatch.setattr(module, "_tiles", lambda *_, tile=tile: Tiles(tile, tile, tile))
+    masked, peeled = (Tiles(*3 * [Tile(32, 16, 4, 1, peel)]) for peel in (False, True))
+    monkeypatch.setattr(flash, "_tiles", lambda q, k, v, keys: masked if keys.window else peeled)
     monkeypatch.setattr(flash, "MIN_CHUNK", 8)
     monkeypatch.setattr(selection, "_tile", lambda *_: (32, 16, 4, 1))
     monkeypatch.setattr(selection, "FIRST_CHUNK", 32)
