@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kernels.nsa.flash import Keys, flash_backward, flash_forward
 from kernels.nsa.geometry import Geometry
+from kernels.nsa.tiles import compressed_offsets
 
 
 def compressed_forward(
@@ -30,5 +31,5 @@ def compressed_backward(
 
 
 def _keys(cu_seqlens, geometry: Geometry) -> Keys:
-    offsets = geometry.compressed_offsets(cu_seqlens)
+    offsets = compressed_offsets(cu_seqlens, geometry)
     return Keys(offsets, geometry.compress_stride, geometry.compress_block - 1, None)

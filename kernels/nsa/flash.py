@@ -16,7 +16,7 @@ dQ is query-major and leaves delta = sum(dO * O) behind; dK/dV is key-major and 
 chunks of queries, each with an fp32 partial, summed in a fixed order by a third kernel.
 
 The kernels exist in portable Triton (flash_triton.py), which also runs in the interpreter, and,
-for what Triton schedules badly, in Gluon for Hopper (flash_hopper.py, flash_hopper_backward.py).
+where Triton's scheduling is the limit, in Gluon for Hopper (flash_hopper*.py).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from kernels.nsa.tiles import tile_map
 # A constant, so that the order of the sums does not depend on the device.
 PROGRAMS = 2112
 MIN_CHUNK = 512  # queries; fewer do not pay for a partial
+SUM_ROWS = 16  # keys whose partials one program adds up
 
 
 class HopperTile(NamedTuple):
@@ -85,7 +86,8 @@ def _tiles(q, k, v, keys: Keys) -> Tiles:
     dims = q.shape[2], v.shape[2]
     if q.dtype == torch.float32:
         return FLOAT32
-    if q.is_cuda and dims == (128, 128) and q.shape[1] <= 64 * k.shape[1] and torch.cuda.get_device_capability(q.device)[0] == 9:
+    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
+    if hopper and dims == (128, 128) and q.shape[1] <= 64 * k.shape[1]:
         return HOPPER if keys.window is None else HOPPER_WINDOW
     return PORTABLE[max(padded(max(dims)), 64)]
 
@@ -124,11 +126,11 @@ def flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen: int, keys: Keys,
     inputs = do, q, k, v, stats, *parts, work, num_chunks, chunk, cu_seqlens, keys
     _backend(tile).backward_dkv(*inputs, tile, scale)
     if num_chunks > 1:
-        _sum_chunks[(len(work), kv_heads)](
+        _sum_chunks[(len(work), kv_heads, triton.cdiv(tile.keys, SUM_ROWS))](
             *parts, dk, dv, work, cu_seqlens, keys.cu_keys, chunk, k.shape[0],
             HKV=kv_heads, DK=k.shape[2], DV=v.shape[2],
             DKP=padded(k.shape[2]), DVP=padded(v.shape[2]),
-            STRIDE=keys.stride, OFFSET=keys.offset, BN=tile.keys, ROWS=16, num_warps=4,
+            STRIDE=keys.stride, OFFSET=keys.offset, ROWS=SUM_ROWS, num_warps=4,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -166,9 +168,9 @@ def _num_chunks(programs: int, max_seqlen: int, keys: Keys) -> int:
 def _sum_chunks(
     dk_parts, dv_parts, dk, dv, tiles, cu_queries, cu_keys, chunk, num_keys,
     HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
-    STRIDE: tl.constexpr, OFFSET: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr,
+    STRIDE: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sum the partials of one tile of keys in ascending order of chunks: only those that wrote."""
+    """Sum the partials of ROWS keys in ascending order of chunks: those that dK/dV wrote."""
     tile = tl.program_id(0)
     h = tl.program_id(1)
     document = tl.load(tiles + 2 * tile)
@@ -178,22 +180,20 @@ def _sum_chunks(
     length = tl.load(cu_queries + document + 1) - tl.load(cu_queries + document)
     key0 = tl.load(cu_keys + document)
     count = tl.load(cu_keys + document + 1) - key0
-    c_begin = (first * STRIDE + OFFSET) // chunk
-    c_end = tl.cdiv(length, chunk)
-    part = num_keys.to(tl.int64) * HKV
+    n = first + tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    row = (key0 + n).to(tl.int64) * HKV + h
     d = tl.arange(0, DKP)
     e = tl.arange(0, DVP)
-    for i in range(0, BN, ROWS):
-        n = first + i + tl.arange(0, ROWS)
-        row = (key0 + n).to(tl.int64) * HKV + h
-        k_mask = (n < count)[:, None] & (d < DK)[None, :]
-        v_mask = (n < count)[:, None] & (e < DV)[None, :]
-        k_at = row[:, None] * DK + d[None, :]
-        v_at = row[:, None] * DV + e[None, :]
-        dk_sum = tl.zeros([ROWS, DKP], tl.float32)
-        dv_sum = tl.zeros([ROWS, DVP], tl.float32)
-        for c in range(c_begin, c_end):
-            dk_sum += tl.load(dk_parts + c * part * DK + k_at, mask=k_mask, other=0.0)
-            dv_sum += tl.load(dv_parts + c * part * DV + v_at, mask=v_mask, other=0.0)
-        tl.store(dk + k_at, dk_sum.to(dk.dtype.element_ty), mask=k_mask)
-        tl.store(dv + v_at, dv_sum.to(dv.dtype.element_ty), mask=v_mask)
+    k_mask = (n < count)[:, None] & (d < DK)[None, :]
+    v_mask = (n < count)[:, None] & (e < DV)[None, :]
+    k_at = row[:, None] * DK + d[None, :]
+    v_at = row[:, None] * DV + e[None, :]
+    part = num_keys.to(tl.int64) * HKV
+    dk_sum = tl.zeros([ROWS, DKP], tl.float32)
+    dv_sum = tl.zeros([ROWS, DVP], tl.float32)
+    # The chunks that hold a query of this tile begin with that of the tile's first visible one.
+    for c in range((first * STRIDE + OFFSET) // chunk, tl.cdiv(length, chunk)):
+        dk_sum += tl.load(dk_parts + c * part * DK + k_at, mask=k_mask, other=0.0)
+        dv_sum += tl.load(dv_parts + c * part * DV + v_at, mask=v_mask, other=0.0)
+    tl.store(dk + k_at, dk_sum.to(dk.dtype.element_ty), mask=k_mask)
+    tl.store(dv + v_at, dv_sum.to(dv.dtype.element_ty), mask=v_mask)

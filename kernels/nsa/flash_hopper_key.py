@@ -1,8 +1,8 @@
 """The key-major Gluon kernel for Hopper: dK/dV of flash.py's problem.
 
-One program per tile of keys and chunk of queries. A producer warp keeps TMA copies of query tiles in
-flight; two warpgroups hold dK and dV of their half of the keys in registers. Barriers and slots work
-as in flash_hopper_query.py.
+One program per tile of keys and chunk of queries. A producer warp keeps TMA copies of query tiles
+in flight; two warpgroups hold dK and dV of their half of the keys in registers. Barriers and slots:
+flash_hopper_common.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.nsa.flash_hopper_query import (
+from kernels.nsa.flash_hopper_common import (
     barriers,
     copy_tile,
     stat_row,

@@ -3,10 +3,7 @@
 One program per multiprocessor walks over the tiles of queries. A producer warp keeps TMA copies in
 flight, across tiles too; two warpgroups compute on their own half of a tile's rows, so that one's
 softmax overlaps with the other's matrix products, and each keeps a product of the last step running
-under the softmax of this one.
-
-Barriers come in groups: the first half of a group says "full" and is set by the copies, the second
-says "free" and is set by both warpgroups. A slot used for the i-th time is full in phase i & 1.
+under the softmax of this one. Barriers and slots: flash_hopper_common.py.
 """
 
 from __future__ import annotations
@@ -15,91 +12,21 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from kernels.nsa import flash_triton
+from kernels.nsa.flash_hopper_common import (
+    barriers,
+    copy_tile,
+    query_steps,
+    query_tile,
+    stat_row,
+    step_key,
+    store_rows,
+    visible,
+)
 from kernels.nsa.flash_triton import LN2, LOG2E
-
-# Triton 3.9 has only the new name, 3.6 only the old one.
-copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-num_complete = gluon.jit(flash_triton.num_complete.fn)
-stat_row = gluon.jit(flash_triton.stat_row.fn)
-visible = gluon.jit(flash_triton.visible.fn)
-
-
-@gluon.jit
-def barriers(SLOTS: gl.constexpr):
-    """A group of barriers for SLOTS slots."""
-    bars = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(bars.index(i), count=1)
-        mbarrier.init(bars.index(SLOTS + i), count=2)
-    return bars
-
-
-@gluon.jit
-def store_rows(
-    out, x, row, stride, count, per_row: gl.constexpr, valid: gl.constexpr,
-    N: gl.constexpr, D: gl.constexpr,
-):  # fmt: skip
-    """x [N, D] to the rows of out [..., D] that hold (i // per_row, i % per_row), i < N.
-
-    They lie at row + i // per_row * stride + i % per_row; stored are those with i // per_row < count
-    and i % per_row < valid.
-    """
-    WIDTH: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, WIDTH], [32 * WIDTH // D, D // WIDTH], [4, 1], [1, 0]
-    )
-    x = gl.convert_layout(x.to(out.dtype.element_ty), layout)
-    i = gl.arange(0, N, gl.SliceLayout(1, layout))
-    d = gl.arange(0, D, gl.SliceLayout(0, layout))
-    rows = row + i // per_row * stride + i % per_row
-    keep = (i // per_row < count) & (i % per_row < valid)
-    gl.store(out + rows[:, None] * D + d[None, :], x, mask=keep[:, None])
-
-
-@gluon.jit
-def _tile(work, num_tiles, tiles, cu_queries, cu_keys, HKV: gl.constexpr):
-    """(KV head, first query, first token, length, first key) of a piece of work; length 0: none."""
-    tile = gl.maximum(num_tiles - 1 - work // HKV, 0)
-    document = gl.load(tiles + 2 * tile)
-    first = gl.load(tiles + 2 * tile + 1)
-    real = (document >= 0) & (work < num_tiles * HKV)
-    document = gl.maximum(document, 0)
-    token0 = gl.load(cu_queries + document)
-    length = gl.where(real, gl.load(cu_queries + document + 1) - token0, 0)
-    return work % HKV, first, token0, length, gl.load(cu_keys + document), document
-
-
-@gluon.jit
-def _steps(
-    first, length, window,
-    STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOWED: gl.constexpr,
-    BQ: gl.constexpr, BN: gl.constexpr,
-):  # fmt: skip
-    """(first key, masked steps, all steps, full_begin); masked steps run first."""
-    last = gl.minimum(first + BQ, length) - 1
-    begin = 0
-    full_begin = 0
-    if WINDOWED:
-        begin = gl.maximum(first - window + 1, 0)
-        full_begin = gl.cdiv(gl.maximum(last - window + 1, 0) - begin, BN)
-    steps = gl.cdiv(gl.maximum(num_complete(last, STRIDE, OFFSET) - begin, 0), BN)
-    full_end = gl.maximum(num_complete(first, STRIDE, OFFSET) - begin, 0) // BN
-    full_end = gl.minimum(gl.maximum(full_begin, full_end), gl.maximum(steps, full_begin))
-    return begin, steps - (full_end - full_begin), steps, full_begin
-
-
-@gluon.jit
-def step_key(i, begin, masked, steps, full_begin, BN: gl.constexpr):
-    """First key of step i."""
-    full = steps - masked
-    i = gl.where(i < masked, gl.where(i < full_begin, i, i + full), full_begin + i - masked)
-    return begin + i * BN
 
 
 @gluon.jit
@@ -113,19 +40,17 @@ def _forward_load(
     done = 0
     tile_count = 0
     for work in range(gl.program_id(0), num_tiles * HKV, gl.num_programs(0)):
-        h, first, token0, length, key0, document = _tile(
+        h, first, token0, length, key0, document = query_tile(
             work, num_tiles, tiles, cu_queries, cu_keys, HKV
         )
-        begin, masked, steps, full_begin = _steps(
+        begin, masked, steps, full_begin = query_steps(
             first, length, window, STRIDE, OFFSET, WINDOWED, BQ, BN
         )
         if steps > 0:
             slot = tile_count % SLOTS
             mbarrier.wait(q_bars.index(SLOTS + slot), (tile_count // SLOTS & 1) ^ 1)
             mbarrier.expect(q_bars.index(slot), q_desc.block_type.nbytes)
-            copy_tile(
-                q_desc, [token0 + first, h * G, 0], q_bars.index(slot), q_smem.index(slot)
-            )
+            copy_tile(q_desc, [token0 + first, h * G, 0], q_bars.index(slot), q_smem.index(slot))
             tile_count += 1
             for i in range(0, steps):
                 row = key0 + step_key(i, begin, masked, steps, full_begin, BN)
@@ -133,14 +58,10 @@ def _forward_load(
                 phase = (done // STAGES & 1) ^ 1
                 mbarrier.wait(k_bars.index(STAGES + slot), phase)
                 mbarrier.expect(k_bars.index(slot), k_desc.block_type.nbytes)
-                copy_tile(
-                    k_desc, [row, h * DK], k_bars.index(slot), k_smem.index(slot)
-                )
+                copy_tile(k_desc, [row, h * DK], k_bars.index(slot), k_smem.index(slot))
                 mbarrier.wait(v_bars.index(STAGES + slot), phase)
                 mbarrier.expect(v_bars.index(slot), v_desc.block_type.nbytes)
-                copy_tile(
-                    v_desc, [row, h * DV], v_bars.index(slot), v_smem.index(slot)
-                )
+                copy_tile(v_desc, [row, h * DV], v_bars.index(slot), v_smem.index(slot))
                 done += 1
 
 
@@ -203,10 +124,10 @@ def _forward_compute(
     done = 0
     tile_count = 0
     for work in range(gl.program_id(0), num_tiles * HKV, gl.num_programs(0)):
-        h, first, token0, length, key0, document = _tile(
+        h, first, token0, length, key0, document = query_tile(
             work, num_tiles, tiles, cu_queries, cu_keys, HKV
         )
-        begin, masked, steps, full_begin = _steps(
+        begin, masked, steps, full_begin = query_steps(
             first, length, window, STRIDE, OFFSET, WINDOWED, BQ, BN
         )
         r = gl.arange(0, M, gl.SliceLayout(1, s_layout))
@@ -243,7 +164,7 @@ def _forward_compute(
                     STRIDE, OFFSET, WINDOWED, M, BN, STAGES, True, s_layout, acc_layout, p_layout,
                 )  # fmt: skip
                 done += 1
-            for i in range(masked_end, steps):
+            for _ in range(masked_end, steps):
                 p, acc, m, l = _forward_step(
                     p, acc, m, l, q, k_smem, v_smem, k_bars, v_bars, done,
                     0, t, window, scale_log2,
@@ -315,10 +236,10 @@ def _dq_load(
     done = 0
     tile_count = 0
     for work in range(gl.program_id(0), num_tiles * HKV, gl.num_programs(0)):
-        h, first, token0, length, key0, document = _tile(
+        h, first, token0, length, key0, document = query_tile(
             work, num_tiles, tiles, cu_queries, cu_keys, HKV
         )
-        begin, masked, steps, full_begin = _steps(
+        begin, masked, steps, full_begin = query_steps(
             first, length, window, STRIDE, OFFSET, WINDOWED, BQ, BN
         )
         if steps > 0:
@@ -413,10 +334,10 @@ def _dq_compute(
     done = 0
     tile_count = 0
     for work in range(gl.program_id(0), num_tiles * HKV, gl.num_programs(0)):
-        h, first, token0, length, key0, document = _tile(
+        h, first, token0, length, key0, document = query_tile(
             work, num_tiles, tiles, cu_queries, cu_keys, HKV
         )
-        begin, masked, steps, full_begin = _steps(
+        begin, masked, steps, full_begin = query_steps(
             first, length, window, STRIDE, OFFSET, WINDOWED, BQ, BN
         )
         r = gl.arange(0, M, gl.SliceLayout(1, s_layout))
@@ -445,9 +366,7 @@ def _dq_compute(
             s, dp = warpgroup_mma_wait(0, deps=[s, dp])
             mbarrier.arrive(v_bars.index(STAGES + done % STAGES), count=1)
             n0 = step_key(0, begin, masked, steps, full_begin, BN)
-            p = _probability(
-                s, n0, t, norm, window, scale_log2, STRIDE, OFFSET, WINDOWED, BN, True
-            )
+            p = _probability(s, n0, t, norm, window, scale_log2, STRIDE, OFFSET, WINDOWED, BN, True)
             ds = (p * (dp - delta[:, None])).to(k_smem.dtype)
             ds = gl.convert_layout(ds, ds_layout)
             done += 1
@@ -460,7 +379,7 @@ def _dq_compute(
                     STRIDE, OFFSET, WINDOWED, M, BN, STAGES, True, s_layout, ds_layout,
                 )  # fmt: skip
                 done += 1
-            for i in range(masked_end, steps):
+            for _ in range(masked_end, steps):
                 ds, acc = _dq_step(
                     ds, acc, q, do, k_smem, v_smem, k_bars, v_bars, done,
                     0, t, norm, delta, window, scale_log2,

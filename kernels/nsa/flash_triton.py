@@ -206,13 +206,16 @@ def _forward(
     row = (token0 + t).to(tl.int64) * H + h * G + r % GP
     dk = tl.arange(0, DKP)
     dv = tl.arange(0, DVP)
-    qt = tl.load(q + row[:, None] * DK + dk[None, :], mask=ok[:, None] & (dk < DK)[None, :], other=0.0)
+    k_mask = ok[:, None] & (dk < DK)[None, :]
+    qt = tl.load(q + row[:, None] * DK + dk[None, :], mask=k_mask, other=0.0)
     m = tl.full([M], -1.0e30, tl.float32)
     l = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DVP], tl.float32)
 
     last = tl.minimum(first + BQ, length) - 1
-    begin, steps, full_begin, full_end = key_steps(first, last, window, STRIDE, OFFSET, WINDOWED, BN)
+    begin, steps, full_begin, full_end = key_steps(
+        first, last, window, STRIDE, OFFSET, WINDOWED, BN
+    )
     if PEEL:
         for i in range(0, steps - (full_end - full_begin)):
             n0 = begin + tl.where(i < full_begin, i, i + full_end - full_begin) * BN
@@ -303,7 +306,9 @@ def _dq(
     acc = tl.zeros([M, DKP], tl.float32)
 
     last = tl.minimum(first + BQ, length) - 1
-    begin, steps, full_begin, full_end = key_steps(first, last, window, STRIDE, OFFSET, WINDOWED, BN)
+    begin, steps, full_begin, full_end = key_steps(
+        first, last, window, STRIDE, OFFSET, WINDOWED, BN
+    )
     if PEEL:
         for i in range(0, steps - (full_end - full_begin)):
             n0 = begin + tl.where(i < full_begin, i, i + full_end - full_begin) * BN
@@ -322,7 +327,8 @@ def _dq(
                 qt, dot, k_desc, v_desc, norm, dl, acc, begin + i * BN, t, key0, h, window,
                 scale_log2, DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, True,
             )  # fmt: skip
-    tl.store(dq + row[:, None] * DK + dk[None, :], (acc * scale).to(dq.dtype.element_ty), mask=k_mask)
+    acc = (acc * scale).to(dq.dtype.element_ty)
+    tl.store(dq + row[:, None] * DK + dk[None, :], acc, mask=k_mask)
 
 
 @triton.jit
@@ -412,19 +418,21 @@ def _dkv(
         for i in range(0, steps - (full_end - full_begin)):
             t0 = begin + tl.where(i < full_begin, i, i + full_end - full_begin) * BQ
             dk_acc, dv_acc = _dkv_step(
-                q_desc, do_desc, norm_desc, delta_desc, kt, vt, dk_acc, dv_acc, t0, end, n, token0, stat0,
-                h, window, scale_log2, G, GP, DKP, DVP, STRIDE, OFFSET, WINDOWED, BQ, True,
+                q_desc, do_desc, norm_desc, delta_desc, kt, vt, dk_acc, dv_acc, t0, end, n, token0,
+                stat0, h, window, scale_log2, G, GP, DKP, DVP, STRIDE, OFFSET, WINDOWED, BQ, True,
             )  # fmt: skip
         for i in range(full_begin, full_end):
             dk_acc, dv_acc = _dkv_step(
                 q_desc, do_desc, norm_desc, delta_desc, kt, vt, dk_acc, dv_acc, begin + i * BQ, end,
-                n, token0, stat0, h, window, scale_log2, G, GP, DKP, DVP, STRIDE, OFFSET, WINDOWED, BQ, False,
+                n, token0, stat0, h, window, scale_log2,
+                G, GP, DKP, DVP, STRIDE, OFFSET, WINDOWED, BQ, False,
             )  # fmt: skip
     else:
         for i in range(0, steps):
             dk_acc, dv_acc = _dkv_step(
                 q_desc, do_desc, norm_desc, delta_desc, kt, vt, dk_acc, dv_acc, begin + i * BQ, end,
-                n, token0, stat0, h, window, scale_log2, G, GP, DKP, DVP, STRIDE, OFFSET, WINDOWED, BQ, True,
+                n, token0, stat0, h, window, scale_log2,
+                G, GP, DKP, DVP, STRIDE, OFFSET, WINDOWED, BQ, True,
             )  # fmt: skip
 
     row += c.to(tl.int64) * num_keys * HKV

@@ -1,4 +1,4 @@
-"""Importance of selection blocks from the compressed branch's softmax, and the n best (Eq. 8 to 12).
+"""Importance of selection blocks from the compressed branch's softmax, and the n best (Eq. 8-12).
 
 Two passes over a chunk of queries. `_scores` recomputes p_cmp = exp(S - lse), sums it over the
 query heads of a KV head and folds the compressed blocks of each selection block into one number;
@@ -23,7 +23,7 @@ from kernels.nsa.flash_triton import (
     visible,
 )
 from kernels.nsa.geometry import Geometry
-from kernels.nsa.tiles import tile_map
+from kernels.nsa.tiles import compressed_offsets, tile_map
 
 PLANE_BYTES = 512 << 20
 # Queries up to which one chunk serves all lengths; beyond, a chunk ends where the length of its
@@ -49,7 +49,7 @@ def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen: int, geometry: Geometry
     planes = 1 + triton.cdiv(geometry.compress_block // geometry.compress_stride - 1, ratio)
 
     indices = torch.empty(kv_heads, tokens, n, dtype=torch.int32, device=q.device)
-    cu_keys = geometry.compressed_offsets(cu_seqlens)
+    cu_keys = compressed_offsets(cu_seqlens, geometry)
     tiles = tile_map(cu_seqlens, tokens, queries)
     row_bytes = 4 * planes * kv_heads
     keys_desc = key_tiles(k_cmp, keys)

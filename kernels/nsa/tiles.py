@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.nsa.geometry import Geometry
+
 _CHUNK = 256
 
 
@@ -32,6 +34,33 @@ def tile_map(cu_rows: torch.Tensor, num_rows: int, rows_per_tile: int) -> torch.
         cu_rows, tiles, num_documents, size, ROWS=rows_per_tile, CHUNK=_CHUNK, num_warps=4
     )
     return tiles
+
+
+def compressed_offsets(cu_seqlens: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """geometry.compressed_offsets(cu_seqlens) in one launch, which counts at short lengths."""
+    offsets = torch.empty_like(cu_seqlens)
+    _compressed_offsets[(1,)](
+        cu_seqlens, offsets, cu_seqlens.numel() - 1,
+        BLOCK=geometry.compress_block, STRIDE=geometry.compress_stride, CHUNK=_CHUNK, num_warps=4,
+    )  # fmt: skip
+    return offsets
+
+
+@triton.jit
+def _compressed_offsets(
+    cu_rows, offsets, num_documents,
+    BLOCK: tl.constexpr, STRIDE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    lane = tl.arange(0, CHUNK)
+    tl.store(offsets, 0)
+    base = 0
+    for i in range(0, num_documents, CHUNK):
+        ok = i + lane < num_documents
+        first = tl.load(cu_rows + i + lane, mask=ok, other=0)
+        length = tl.load(cu_rows + i + lane + 1, mask=ok, other=0) - first
+        count = tl.where(length >= BLOCK, (length - BLOCK) // STRIDE + 1, 0)
+        tl.store(offsets + 1 + i + lane, base + tl.cumsum(count, 0), mask=ok)
+        base += tl.sum(count, 0)
 
 
 @triton.jit

@@ -16,9 +16,7 @@ def window_forward(q, k, v, cu_seqlens, max_seqlen: int, window: int, scale: flo
     return flash_forward(q, k, v, cu_seqlens, keys, scale)
 
 
-def window_backward(
-    do, q, k, v, o, lse, cu_seqlens, max_seqlen: int, window: int, scale: float
-):
+def window_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen: int, window: int, scale: float):
     """Gradients dq, dk, dv of window_forward."""
     keys = _keys(cu_seqlens, max_seqlen, window)
     return flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, keys, scale)

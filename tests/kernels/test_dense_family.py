@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernels.nsa import compressed, flash, reference, selection, window
 from kernels.nsa.flash import Tile, Tiles
 from kernels.nsa.geometry import Geometry
-from kernels.nsa.tiles import max_tiles, tile_map
+from kernels.nsa.tiles import compressed_offsets, max_tiles, tile_map
 from tests.kernels import oracle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,6 +152,13 @@ def test_tiles_cover_every_document_and_never_cross_one(lengths, rows_per_tile):
     assert tile_map(cu, room, rows_per_tile).tolist() == want + [[-1, 0]] * spare
 
 
+@pytest.mark.parametrize("lengths", [[5], [0, 31, 32, 0, 47, 48, 500], [40] * 300])
+def test_offsets_equal_the_geometry(lengths):
+    cu = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    want = Geometry().compressed_offsets(cu)
+    assert torch.equal(compressed_offsets(cu, Geometry()), want)
+
+
 @once
 @given(cases(), st.integers(1, 80), st.integers(0, 99))
 def test_window_equals_its_definition(case, size, seed):
@@ -218,9 +225,20 @@ def test_equal_importance_goes_to_the_lower_block():
 
 
 RAGGED = [900, 0, 31, 1, 1000, 64, 0, 300]
-SHAPES = [(2, 1, (64, 64)), (1, 2, (64, 64)), (1, 3, (96, 96)), (2, 4, (64, 64)), (2, 4, (128, 128)),
-          (1, 6, (64, 64)), (1, 8, (128, 128)), (1, 12, (64, 64)), (1, 16, (128, 128)),
-          (2, 16, (192, 128)), (1, 32, (128, 128)), (4, 1, (128, 128)), (1, 4, (192, 128))]  # fmt: skip
+SHAPES = [
+    (2, 1, (64, 64)), (1, 2, (64, 64)), (1, 3, (96, 96)), (2, 4, (64, 64)), (2, 4, (128, 128)),
+    (1, 6, (64, 64)), (1, 8, (128, 128)), (1, 12, (128, 128)), (1, 16, (128, 128)),
+    (2, 16, (192, 128)), (1, 32, (128, 128)), (4, 1, (128, 128)), (1, 4, (192, 128)),
+    (2, 3, (128, 128)),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("kv_heads, group", [(2, 4), (1, 3)])
+def test_fp16_at_dimension_128(kv_heads, group):
+    check_window(RAGGED, kv_heads, group, (128, 128), torch.float16, 512, 0)
+    check_compressed(RAGGED, kv_heads, group, (128, 128), torch.float16, Geometry(), 0)
 
 
 @pytest.mark.gpu
