@@ -129,18 +129,26 @@ def resolve_path(path: str) -> Path:
     return ROOT / Path(path).expanduser()
 
 
-def quote_paths(arguments: list[str]) -> list[str]:
-    """Command line overrides `…path=VALUE` with the value quoted for Hydra.
+def command_line(arguments: list[str]) -> list[str]:
+    """Command line overrides as Hydra should see them.
 
-    Hydra's grammar takes no bare ~, brackets or commas, which paths are free to hold, and the shell
-    leaves the ~ of `data.path=~/books` alone.
+    Paths are quoted: Hydra's grammar takes no bare ~, brackets or commas, which they are free to
+    hold, and the shell leaves the ~ of `data.path=~/books` alone. A key inside a group may be one
+    that does not exist: our own check then says what was meant, in one sentence.
     """
 
-    def quoted(argument: str) -> str:
-        match = re.fullmatch(r"(\+{0,2}[\w.]*path)=([^'\"].*)", argument, re.DOTALL)
-        if not match or match[2] == "null":
+    def translated(argument: str) -> str:
+        match = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", argument, re.DOTALL)
+        if not match:
             return argument
-        value = re.sub(r"\\+(?='|\Z)", lambda run: 2 * run[0], match[2])
-        return "{}='{}'".format(match[1], value.replace("'", r"\'"))
+        sign, key, value = match.groups()
+        if re.search(r"(^|\.)(\w*path|output_dir|checkpoint|run|haystack)$", key) and value != "null":
+            if value[:1] not in "'\"":
+                # Hydra unescapes backslashes only where they stand before a quote.
+                value = re.sub(r"\\+(?='|\Z)", lambda run: 2 * run[0], value)
+                value = "'" + value.replace("'", r"\'") + "'"
+        if "." in key and not key.startswith("hydra."):
+            sign = "++"
+        return f"{sign}{key}={value}"
 
-    return [quoted(argument) for argument in arguments]
+    return [translated(argument) for argument in arguments]

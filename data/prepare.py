@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data.config import DataConfig, TokenizerConfig, from_config, quote_paths, resolve_path
+from data.config import DataConfig, TokenizerConfig, command_line, from_config, resolve_path
 from data.shards import ShardWriter, TokenShards
 from data.split import Corpus
 from data.tokenizer import (
@@ -214,5 +214,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quote_paths(sys.argv[1:])
+    sys.argv[1:] = command_line(sys.argv[1:])
     main()

@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 from omegaconf import DictConfig
 
-from data.config import resolve_path
+from data.config import command_line, resolve_path
 from data.shards import TokenShards
 from data.tokenizer import load_tokenizer
 
@@ -133,4 +133,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = command_line(sys.argv[1:])
     main()

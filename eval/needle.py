@@ -34,7 +34,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tokenizers import Tokenizer
 
-from data.config import from_config, resolve_path
+from data.config import command_line, from_config, resolve_path
 from data.tokenizer import end_of_text_id
 from eval.accuracy import show, summarize
 from eval.haystack import Haystack
@@ -343,10 +343,11 @@ def main(config: DictConfig) -> None:
     try:
         config = OmegaConf.to_container(config, resolve=True)
         path, device = config.pop("checkpoint"), config.pop("device")
-        settings = from_config(NeedleSettings, config, "needle")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         checkpoint = load_checkpoint(resolve_path(path), device)
+        asked = {key: value for key, value in config.items() if value is not None}
+        settings = from_config(NeedleSettings, checkpoint.config["eval"] | asked, "eval")
         print(f"needle      {checkpoint.path}")
         results = run_needle(checkpoint, settings)
     except (ValueError, FileNotFoundError) as error:
@@ -357,4 +358,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = command_line(sys.argv[1:])
     main()

@@ -24,7 +24,7 @@ import yaml
 from omegaconf import DictConfig
 from safetensors import safe_open
 
-from data.config import resolve_path
+from data.config import command_line, resolve_path
 from eval.baseline import run_baseline, run_config
 from eval.charts import Series, heat_table, line_chart, si, smooth
 from model.checkpoint import WEIGHTS, find_checkpoint
@@ -328,4 +328,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = command_line(sys.argv[1:])
     main()

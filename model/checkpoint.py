@@ -71,11 +71,13 @@ def load_checkpoint(
             raise FileNotFoundError(f"The checkpoint {folder} has no {name}.")
     config = yaml.safe_load((folder / CONFIG).read_text())
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" in a text is text, as in training
     try:
         weights = load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} can't be read: {error}") from None
-    model = build_decoder(config["model"], config["attention"], tokenizer.get_vocab_size())
+    vocab_size = len(weights["embedding.weight"]) if "embedding.weight" in weights else 0
+    model = build_decoder(config["model"], config["attention"], vocab_size)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

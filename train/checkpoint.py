@@ -31,6 +31,7 @@ class TrainState:
     samples: int = 0
     tokens: int = 0
     seconds: float = 0.0  # spent training, over all sittings
+    data: str = ""  # fingerprint of the training shards
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -66,6 +67,16 @@ def check_resume(folder: Path, resume: bool | str, config: dict) -> None:
                     f"{group}.{key} is {now}, but the run in {folder} was started with {before}; "
                     "set it back, or give this run another name=…"
                 )
+
+
+def check_same_data(folder: Path, fingerprint: str) -> None:
+    """Raise ValueError if the run in `folder` was trained on shards with another fingerprint."""
+    found = newest_checkpoint(folder)
+    if found and json.loads((found / STATE).read_text())["data"] != fingerprint:
+        raise ValueError(
+            f"The training data differs from that of {found} (its tokens or its tokenizer); restore "
+            "it, or start a new run with another name=…"
+        )
 
 
 def save_checkpoint(

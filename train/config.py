@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from data.config import DataConfig, TokenizerConfig, from_config, resolve_path
+from eval.needle import NeedleSettings
 from model.build import build_decoder
 from train.optimizer import AdamWConfig
 from train.schedule import Schedule
@@ -140,6 +141,7 @@ def check_config(raw: dict) -> RunConfig:
     _check_blocks(raw["attention"], train.seq_len)
     from_config(DataConfig, raw["data"], "data")
     from_config(TokenizerConfig, raw["tokenizer"], "tokenizer")
+    from_config(NeedleSettings, raw["eval"], "eval")
     with torch.device("meta"):  # shapes only: a misfit shows before data is prepared
         build_decoder(raw["model"], raw["attention"], vocab_size=256)
     return run

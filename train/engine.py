@@ -37,7 +37,7 @@ def start_process_group(device: torch.device) -> tuple[torch.device, int, int]:
 
     # Compiled at first use, for inference only: training needs neither it nor a C++ compiler.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # after the import, which sets it
 
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30)

@@ -14,8 +14,9 @@ import yaml
 
 from data.loader import PackedLoader, validation_batches
 from data.shards import TokenShards
-from data.tokenizer import END_OF_TEXT, load_tokenizer
+from data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, vocab_size
 from model.build import build_decoder
+from model.loss import IGNORED
 from train.checkpoint import TrainState, load_checkpoint, newest_checkpoint, save_checkpoint
 from train.config import RunConfig
 from train.engine import build_engine, optimizer_step
@@ -28,12 +29,12 @@ def train(
     """Train to the end of the run; returns the last checkpoint's folder. All ranks call it."""
     # -- what the run is made of
     tokenizer = load_tokenizer(data_path / "tokenizer.json")
-    eot = tokenizer.token_to_id(END_OF_TEXT)
+    eot = end_of_text_id(tokenizer)
     shards = TokenShards.open(data_path / "train")
     validation = TokenShards.open(data_path / "validation")
     loader = PackedLoader(shards, run.train.seq_len, run.seed, eot)
     torch.manual_seed(run.seed)  # the same weights on every rank
-    model = build_decoder(run.raw["model"], run.raw["attention"], tokenizer.get_vocab_size())
+    model = build_decoder(run.raw["model"], run.raw["attention"], vocab_size(tokenizer))
     model.activation_checkpointing = run.train.activation_checkpointing
     num_parameters = model.num_parameters()
     flops_per_token = model.flops_per_token(run.train.seq_len)
@@ -43,7 +44,7 @@ def train(
     config = {**run.raw, "data_path": str(data_path)}
 
     # -- where it stands
-    state, folder = TrainState(), run.folder
+    state, folder = TrainState(data=shards.fingerprint), run.folder
     if found := newest_checkpoint(folder):  # train.resume was checked before we came here
         state = load_checkpoint(found, engine)
     if rank == 0:
@@ -52,20 +53,34 @@ def train(
     say = telemetry.say
     say(f"run         {folder}" + (f", resumed at step {state.step}" if state.step else ""))
     say(f"model       {num_parameters / 1e6:.1f}M parameters, {run.raw['attention']['_target_']}")
-    say(f"data        {shards.num_tokens:,} tokens, {shards.num_documents:,} documents; "
-        f"padding {loader.padding_share:.1%}; validation {validation.num_tokens:,} tokens")  # fmt: skip
-    say(f"step        {run.train.batch_tokens:,} tokens = {world_size} ranks x {accumulation} passes"
-        f" x {sequences} sequences x {run.train.seq_len:,}")  # fmt: skip
-    say(f"length      {run.num_steps:,} steps, {run.num_steps * run.train.batch_tokens:,} tokens, "
-        f"{run.num_steps * run.sequences_per_step / loader.samples_per_epoch():.2f} epochs")  # fmt: skip
-    say(f"precision   {str(run.dtype).removeprefix('torch.')} on {device}, "
-        f"ZeRO-{run.parallel.zero_stage}")  # fmt: skip
+    say(
+        f"data        {shards.num_tokens:,} tokens, {shards.num_documents:,} documents; "
+        f"padding {loader.padding_share:.1%}; validation {validation.num_tokens:,} tokens"
+    )
+    say(
+        f"step        {run.train.batch_tokens:,} tokens = {world_size} ranks x {accumulation} passes"
+        f" x {sequences} sequences x {run.train.seq_len:,}"
+    )
+    epochs = run.num_steps * run.sequences_per_step / loader.samples_per_epoch()
+    total = run.num_steps * run.train.batch_tokens
+    say(f"length      {run.num_steps:,} steps, {total:,} tokens, {epochs:.2f} epochs")
+    dtype = str(run.dtype).removeprefix("torch.")
+    say(f"precision   {dtype} on {device}, ZeRO-{run.parallel.zero_stage}")
+    if state.step == run.num_steps:
+        say(f"Nothing left to do: {folder} has all its {run.num_steps} steps.")
 
     # -- the loop
-    peak, last = peak_flops(device), None
+    last = newest_checkpoint(folder)
+    peak = peak_flops(device)
+    bytes_of = torch.from_numpy(token_bytes(tokenizer)).to(device)
     while state.step < run.num_steps:
         started = time.perf_counter()
         engine.train()
+        # The rate at the middle of the step's tokens, so that the first step already moves.
+        progress = (state.tokens + run.train.batch_tokens / 2) / run.train.max_tokens
+        lr = run.optimizer.lr * run.schedule.scale(progress)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
         sums = torch.zeros(2, device=device)
         for i in range(accumulation):
             # The global batch is the same however many ranks and passes share it.
@@ -73,14 +88,8 @@ def train(
             batch = loader.batch(first, sequences).to(device)
             loss = engine(*batch_inputs(batch), targets=batch.targets)
             engine.backward(loss.objective)
-            sums += torch.stack([loss.nll_sum, loss.count])
-            progress = state.tokens / run.train.max_tokens
-            # The middle of the step's tokens, so that the first step already moves.
-            progress += run.train.batch_tokens / run.train.max_tokens / 2
-            lr = run.optimizer.lr * run.schedule.scale(progress)
-            for group in engine.optimizer.param_groups:
-                group["lr"] = lr
             grad_norm = optimizer_step(engine)
+            sums += torch.stack([loss.nll_sum, loss.count])
         dist.all_reduce(sums)
         nll, count = sums.tolist()  # waits for the device
         seconds = time.perf_counter() - started
@@ -88,10 +97,9 @@ def train(
         state.samples += run.sequences_per_step
         state.tokens += run.train.batch_tokens
         state.seconds += seconds
-        metrics = {
-            "step": state.step,
-            "tokens": state.tokens,
-            "time": round(state.seconds, 3),
+
+        now = {"step": state.step, "tokens": state.tokens, "time": round(state.seconds, 3)}
+        metrics = now | {
             "loss": nll / count,
             "lr": lr,
             "grad_norm": grad_norm,
@@ -99,26 +107,25 @@ def train(
         }
         if peak:
             metrics["mfu"] = flops_per_token * metrics["tokens_per_s"] / peak / world_size
+        if device.type == "cuda":
             metrics["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         telemetry.record(metrics)
         telemetry.progress(metrics, (run.num_steps - state.step) * state.seconds / state.step)
+
         final = state.step == run.num_steps
         if final or state.step % run.train.validate_every == 0:
-            scores = validate(engine, validation, run, eot, device, rank, world_size, final)
-            telemetry.record(
-                {k: metrics[k] for k in ("step", "tokens", "time")}
-                | {f"val/{k}": v for k, v in scores.items()}
+            limit = None if final else run.train.validation_tokens
+            batches = list(validation_batches(validation, run.train.seq_len, eot, limit))
+            loss, bits = validate(engine, batches, bytes_of, device, rank, world_size)
+            telemetry.record(now | {"val/loss": loss, "val/bpb": bits})
+            say(
+                f"step {state.step}  validation loss {loss:.4f} nats per token, "
+                f"{bits:.4f} bits per byte"
             )
-            say(f"step {state.step}  validation loss {scores['loss']:.4f} nats per token, "
-                f"{scores['bpb']:.4f} bits per byte")  # fmt: skip
         if final or state.step % run.train.checkpoint_every == 0:
-            last = save_checkpoint(
-                folder, engine, state, config, tokenizer, run.train.keep_checkpoints
-            )
+            keep = run.train.keep_checkpoints
+            last = save_checkpoint(folder, engine, state, config, tokenizer, keep)
     telemetry.close()
-    if last is None:
-        last = newest_checkpoint(folder)
-        say(f"Nothing left to do: {folder} has all its {run.num_steps} steps.")
     say(f"checkpoint  {last}")
     return last
 
@@ -129,30 +136,24 @@ def batch_inputs(batch) -> tuple:
 
 
 @torch.no_grad()
-def validate(
-    engine, shards: TokenShards, run: RunConfig, eot: int, device, rank: int, world_size: int,
-    everything: bool,
-) -> dict[str, float]:  # fmt: skip
-    """Mean loss per token in nats, and bits per UTF-8 byte of text, over the validation split.
+def validate(engine, batches: list, bytes_of: torch.Tensor, device, rank: int, world_size: int):
+    """Mean loss in nats per token, and bits per UTF-8 byte of the text that the targets stand for.
 
-    Reads train.validation_tokens of it, or everything. Bits per byte use the split's mean bytes per
-    token, which over the whole split is exact.
+    bytes_of int64 [vocab] counts each token's bytes. Ranks share the batches.
     """
     engine.eval()
-    limit = None if everything else run.train.validation_tokens
-    batches = list(validation_batches(shards, run.train.seq_len, eot, limit))
-    sums = torch.zeros(2, device=device, dtype=torch.float64)
+    sums = torch.zeros(3, device=device, dtype=torch.float64)
     for start in range(0, len(batches), world_size):
         # Every rank makes the same number of passes: ZeRO-3 gathers parameters in each.
         mine = start + rank
         batch = batches[min(mine, len(batches) - 1)].to(device)
         loss = engine(*batch_inputs(batch), targets=batch.targets)
         if mine < len(batches):
-            sums += torch.stack([loss.nll_sum, loss.count])
+            num_bytes = bytes_of[batch.targets[batch.targets != IGNORED]].sum()
+            sums += torch.stack([loss.nll_sum, loss.count, num_bytes])
     dist.all_reduce(sums)
-    nll, count = sums.tolist()
-    bytes_per_token = shards.num_bytes / shards.num_tokens
-    return {"loss": nll / count, "bpb": nll / count / math.log(2) / bytes_per_token}
+    nll, count, num_bytes = sums.tolist()
+    return nll / count, nll / math.log(2) / num_bytes
 
 
 def _write_records(folder: Path, config: dict, data_path: Path, env: dict, state: TrainState):

@@ -12,11 +12,13 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
 
 import hydra
+import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
-from data.config import quote_paths
+from data.config import command_line
 from data.prepare import prepare
-from train.checkpoint import check_resume
+from data.shards import TokenShards
+from train.checkpoint import check_resume, check_same_data
 from train.config import check_config
 from train.engine import start_process_group
 from train.loop import train
@@ -30,11 +32,13 @@ def main(config: DictConfig) -> None:
         device, rank, world_size = start_process_group(run.device)
         run.accumulation(world_size)
         data_path = prepare(run.raw["data"], run.raw["tokenizer"], run.output_dir / "data")
+        check_same_data(run.folder, TokenShards.open(data_path / "train").fingerprint)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     train(run, data_path, device, rank, world_size)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = quote_paths(sys.argv[1:])
+    sys.argv[1:] = command_line(sys.argv[1:])
     main()

@@ -84,6 +84,8 @@ class Telemetry:
         text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tok/s"
         if "mfu" in metrics:
             text += f"  MFU {metrics['mfu']:.1%}"
+        if "memory_gb" in metrics:
+            text += f"  {metrics['memory_gb']:.1f} GB"
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
             self.bar.set_postfix_str(text)

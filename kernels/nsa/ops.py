@@ -81,14 +81,14 @@ def _backend(q: Tensor):
     """The module-like set of branch functions for q's device."""
     if not q.is_cuda:
         return reference
-    from kernels.nsa import compressed, selected, selection, window  # needs a working Triton
+    from kernels.nsa import compressed, selected, selected_backward, selection, window
 
     return SimpleNamespace(
         compressed_forward=compressed.compressed_forward,
         compressed_backward=compressed.compressed_backward,
         select_blocks=selection.select_blocks,
         selected_forward=selected.selected_forward,
-        selected_backward=selected.selected_backward,
+        selected_backward=selected_backward.selected_backward,
         window_forward=window.window_forward,
         window_backward=window.window_backward,
     )

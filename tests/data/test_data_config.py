@@ -13,7 +13,7 @@ from data.config import (
     TokenizerConfig,
     ValidationConfig,
     from_config,
-    quote_paths,
+    command_line,
     resolve_path,
 )
 
@@ -119,10 +119,17 @@ def test_paths_start_at_the_repository_or_at_home(monkeypatch):
 def test_any_path_goes_through_the_command_line(path):
     if path == "null" or path[0] in "'\"":
         return
-    (argument,) = quote_paths([f"data.path={path}"])
-    assert OverridesParser.create().parse_override(argument).value() == path
+    for key in ("data.path", "checkpoint"):
+        (argument,) = command_line([f"{key}={path}"])
+        assert OverridesParser.create().parse_override(argument).value() == path
+
+
+def test_keys_inside_a_group_are_left_to_our_own_check():
+    given = ["train.max_stepz=3", "+x.path_length=[1,2]", "data.path=null", "data.path='~/a'"]
+    want = ["++train.max_stepz=3", "++x.path_length=[1,2]", "++data.path=null", "++data.path='~/a'"]
+    assert command_line(given) == want
 
 
 def test_other_arguments_stay_as_they_are():
-    arguments = ["data=folder", "data.path=null", "data.path='~/a'", "--cfg", "x.path_length=[1,2]"]
-    assert quote_paths(arguments) == arguments
+    arguments = ["data=folder", "--cfg", "job", "lengths=[1,2]", "+experiment=x", "hydra.verbose=1"]
+    assert command_line(arguments) == arguments
