@@ -9,8 +9,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
+from data.config import ROOT
 from data.tokenizer import end_of_text_id
 from eval import needle
 from eval.accuracy import summarize, wilson
@@ -202,7 +204,8 @@ def test_wilson_interval():
 def checkpoint(tmp_path, tokenizer):
     folder = tmp_path / "run" / "checkpoints" / "step_00000007"
     model = decoder(MODELS, tokenizer.get_vocab_size())
-    save_weights(folder, model.state_dict(), MODELS, tokenizer)
+    recipe = yaml.safe_load((ROOT / "conf/eval/needle.yaml").read_text())
+    save_weights(folder, model.state_dict(), MODELS | {"eval": recipe}, tokenizer)
     return load_checkpoint(tmp_path / "run")
 
 
