@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from model.cache import Cache
 from model.decoder import Decoder
 
 
-@torch.inference_mode()
 def generate(
     model: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -26,6 +25,25 @@ def generate(
     temperature 0 takes the most likely token; otherwise samples from the smallest set of tokens
     whose probability reaches top_p. Raises ValueError for an empty prompt.
     """
+    results: list[list[int]] = [[] for _ in prompts]
+    for tokens in stream(model, prompts, max_new_tokens, temperature, top_p, stop_tokens, seed):
+        for result, token in zip(results, tokens, strict=True):
+            if token is not None:
+                result.append(token)
+    return results
+
+
+@torch.inference_mode()
+def stream(
+    model: Decoder,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop_tokens: Iterable[int] = (),
+    seed: int = 0,
+) -> Iterator[list[int | None]]:
+    """As generate, a step at a time: each prompt's next token, None once it has stopped."""
     if not all(prompts):
         raise ValueError("A prompt is empty; start it with the end-of-text token at least.")
     device = model.embedding.weight.device
@@ -33,19 +51,15 @@ def generate(
     cache = Cache(len(prompts), len(model.blocks), longest)
     generator = torch.Generator(device).manual_seed(seed)
     stop, running = set(stop_tokens), [True] * len(prompts)
-    results: list[list[int]] = [[] for _ in prompts]
     new = [list(p) for p in prompts]
     for _ in range(max_new_tokens):
         logits = extend(model, cache, new)
         chosen = _sample(logits.float(), temperature, top_p, generator).tolist()
-        for i, token in enumerate(chosen):
-            running[i] = running[i] and token not in stop
-            if running[i]:
-                results[i].append(token)
+        running = [on and token not in stop for on, token in zip(running, chosen, strict=True)]
         if not any(running):
-            break
+            return
+        yield [token if on else None for on, token in zip(running, chosen, strict=True)]
         new = [[token] for token in chosen]
-    return results
 
 
 def extend(model: Decoder, cache: Cache, new: Sequence[Sequence[int]]) -> Tensor:
