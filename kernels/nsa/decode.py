@@ -23,10 +23,12 @@ from kernels.nsa.geometry import Geometry
 
 # Compressed rows that one program reads in a step.
 STEP = 64
-# Parts of the compressed cache: enough programs for the machine, few enough to merge cheaply.
+# Programs that read the compressed caches: enough to fill the machine; every part more is another
+# partial sum to merge.
+PROGRAMS = 128
 MAX_PARTS = 32
 # Selection blocks per importance program.
-IMPORTANCE_BLOCKS = 64
+IMPORTANCE_BLOCKS = 32
 
 
 def nsa_decode(
@@ -48,7 +50,8 @@ def nsa_decode(
     tokens = k_sel.shape[1]
     scale_log2 = (dim**-0.5 if scale is None else scale) / math.log(2)
 
-    part_rows = max(triton.next_power_of_2(triton.cdiv(rows, MAX_PARTS)), STEP)
+    wanted_parts = min(triton.cdiv(PROGRAMS, batch * kv_heads), MAX_PARTS)
+    part_rows = max(triton.next_power_of_2(triton.cdiv(rows, wanted_parts)), STEP)
     compressed_parts = triton.cdiv(rows, part_rows)
     keys = max(triton.next_power_of_2(geometry.select_block), 16)
     window_parts = triton.cdiv(geometry.window, keys)
@@ -76,7 +79,7 @@ def nsa_decode(
     sums = (acc, peaks, totals)
     _compressed_kernel[(compressed_parts, batch * kv_heads)](
         q, k_cmp, v_cmp, lengths, logits, *sums, rows, parts, part_rows, scale_log2,
-        **sizes, **cut, STEP=STEP, num_warps=4, num_stages=2,
+        **sizes, **cut, STEP=STEP, num_warps=4, num_stages=3,
     )  # fmt: skip
     _importance_kernel[(triton.cdiv(blocks, IMPORTANCE_BLOCKS), batch * kv_heads)](
         logits, lengths, peaks, totals, importance, rows, parts, compressed_parts, blocks,

@@ -107,7 +107,8 @@ def _union_forward(q, k, v, o, lse, union: Union, key_major, cu_seqlens, shape: 
         q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), o, lse,
         union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, key_major,
         scale / LN2, **shape.constants, HAS_KEY_MAJOR=key_major is not None,
-        num_warps=4, num_stages=shape.stages(shape.keys, 3),
+        # Narrow heads leave registers for a third program per multiprocessor instead of a third stage.
+        num_warps=4, num_stages=shape.stages(shape.keys, 3 if shape.dim_pad > 64 else 2),
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def _query_gradient(
         do, q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), o, lse,
         delta, dq, union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, scale,
         scale / LN2, **shape.constants,
-        num_warps=8 if wide else 4, num_stages=shape.stages(shape.keys, 2),
+        num_warps=8 if wide else 4, num_stages=shape.stages(shape.keys, 2 if shape.dim_pad > 64 else 3),
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def _key_gradients(
         delta, partial, lists.pairs, lists.starts, items.lists, *common, heads.start,
         shape.tokens, num_blocks, num_lists, items.length, scale, scale / LN2,
         **shape.constants, HAS_PARTIAL=partial is not None,
-        num_warps=8 if wide else 4, num_stages=shape.stages(64, 2),
+        num_warps=8 if wide else 4, num_stages=shape.stages(64, 3 if shape.group <= 4 else 2),
     )  # fmt: skip
     _join_kernel[(num_lists,)](
         *common, heads.start, num_blocks, scale, **shape.constants, num_warps=4
