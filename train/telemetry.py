@@ -69,10 +69,14 @@ class Telemetry:
         if not self.active:
             return
         self.file.write(json.dumps(metrics) + "\n")
+        self._wandb(lambda run: run.log(metrics, step=metrics["step"]))
+
+    def _wandb(self, action) -> None:
+        """action(run) if W&B is on; a view of the run must never stop it."""
         if self.wandb:
             try:
-                self.wandb.log(metrics, step=metrics["step"])
-            except Exception as error:  # a view must never stop the run
+                action(self.wandb)
+            except Exception as error:
                 self.say(f"W&B stopped: {error}")
                 self.wandb = None
 
@@ -96,8 +100,7 @@ class Telemetry:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        if self.wandb:
-            self.wandb.finish(quiet=True)
+        self._wandb(lambda run: run.finish())
         if self.file:
             self.file.close()
 
