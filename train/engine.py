@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import socket
+import warnings
 from datetime import timedelta
 
 import torch
@@ -32,6 +35,7 @@ def start_process_group(device: torch.device) -> tuple[torch.device, int, int]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    warnings.filterwarnings("ignore", message=r"barrier\(\)")  # the device is set above
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
@@ -69,9 +73,10 @@ def build_engine(model: Decoder, run: RunConfig, world_size: int):
     import deepspeed
 
     optimizer = build_optimizer(model, run.optimizer, fused=run.device.type == "cuda")
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=deepspeed_config(run, world_size)
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every turn
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(run, world_size)
+        )
     return engine
 
 

@@ -1,0 +1,36 @@
+"""The quickstart, shrunk: every command of the Makefile's target, in order, on a tiny model."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.train.test_run import SMALL
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_raw_text_to_a_scored_checkpoint_and_a_report(tmp_path):
+    recipe = (ROOT / "Makefile").read_text().split("\nquickstart:")[1].split("\n\n")[0]
+    commands = re.findall(r"^\t\$\(PY\) (.+)$", recipe, re.MULTILINE)
+    assert [c.split()[0] for c in commands] == [
+        "train/pretrain.py", "eval/baseline.py", "eval/needle.py", "eval/report.py",
+    ]  # fmt: skip
+    run = tmp_path / "quickstart"
+    small = [*SMALL, "eval.lengths=[128,256]", "eval.depths=2", "eval.samples=1", "log.wandb=offline"]
+    for command in commands:
+        script, *arguments = command.replace("outputs/quickstart", str(run)).split()
+        if script == "train/pretrain.py":
+            arguments += [a for a in small if not a.startswith("+")] + [f"output_dir={tmp_path}"]
+        result = subprocess.run(
+            [sys.executable, script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    needle = json.loads(next((run / "eval/needle").glob("step_*.json")).read_text())
+    assert len(needle["samples"]) == 4
+    assert next((run / "eval/needle").glob("*.png")).read_bytes().startswith(b"\x89PNG")
+    page = (run / "report.html").read_text()
+    assert "order-2" in page and "http://" not in page and "https://" not in page
+    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
