@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -113,7 +114,9 @@ def check_config(raw: dict) -> RunConfig:
     """The checked run. Raises ValueError or FileNotFoundError with one sentence."""
     for key in raw:
         if key not in ROOT_KEYS:
-            raise ValueError(f"{key} is not a key that anything reads; known: {ROOT_KEYS}.")
+            close = difflib.get_close_matches(key, ROOT_KEYS, 1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(ROOT_KEYS)}."
+            raise ValueError(f"{key} is not a key that anything reads; {hint}")
     device = _device(raw)
     train = from_config(TrainConfig, raw["train"], "train")
     precision = train.precision

@@ -188,7 +188,7 @@ def _sum_chunks(
     v_mask = (n < count)[:, None] & (e < DV)[None, :]
     k_at = row[:, None] * DK + d[None, :]
     v_at = row[:, None] * DV + e[None, :]
-    part = num_keys.to(tl.int64) * HKV
+    part = tl.cast(num_keys, tl.int64) * HKV
     dk_sum = tl.zeros([ROWS, DKP], tl.float32)
     dv_sum = tl.zeros([ROWS, DVP], tl.float32)
     # The chunks that hold a query of this tile begin with that of the tile's first visible one.
