@@ -52,7 +52,7 @@ def test_the_64k_recipe_has_the_size_it_says():
         (["+model.num_layer=3"], "did you mean model.num_layers"),
         (["+colour=blue"], "colour is not a key"),
         (["model.num_heads=5"], "num_kv_heads"),
-        (["train.seq_len=8", "train.micro_batch_tokens=8192"], "shorter than attention.compress_b"),
+        (["train.seq_len=8"], "shorter than attention.compress_b"),
         (["train.seq_len=3000"], "not a multiple of train.seq_len"),
         (["train.batch_tokens=10000"], "train.batch_tokens=10000 is not a multiple"),
         (["train.max_tokens=100"], "less than one step"),
