@@ -74,10 +74,10 @@ def block_lists(indices: torch.Tensor, cu_seqlens: torch.Tensor, block: int) -> 
     return BlockLists(blocks, pairs, starts)
 
 
-def work_items(lists: BlockLists, length: int, heads: slice = slice(None)) -> WorkItems:
-    """Cut the lists of the KV heads in `heads` into items of at most `length` pairs."""
-    sizes = lists.starts[heads].diff().flatten()
-    total = lists.starts[heads].shape[0] * lists.pairs.shape[1]
+def work_items(lists: BlockLists, length: int) -> WorkItems:
+    """Cut all lists into items of at most `length` pairs."""
+    sizes = lists.starts.diff().flatten()
+    total = lists.pairs.numel()
     items = ((sizes + length - 1) // length).clamp_(min=1)
     ends = items.cumsum(0, dtype=torch.int32)
     split_ends = torch.where(items > 1, items, 0).cumsum(0, dtype=torch.int32)

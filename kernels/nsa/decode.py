@@ -25,10 +25,10 @@ from kernels.nsa.geometry import Geometry
 STEP = 64
 # Programs that read the compressed caches: enough to fill the machine; every part more is another
 # partial sum to merge.
-PROGRAMS = 128
+PROGRAMS = 1024
 MAX_PARTS = 32
 # Selection blocks per importance program.
-IMPORTANCE_BLOCKS = 32
+IMPORTANCE_BLOCKS = 64
 
 
 def nsa_decode(
@@ -79,7 +79,7 @@ def nsa_decode(
     sums = (acc, peaks, totals)
     _compressed_kernel[(compressed_parts, batch * kv_heads)](
         q, k_cmp, v_cmp, lengths, logits, *sums, rows, parts, part_rows, scale_log2,
-        **sizes, **cut, STEP=STEP, num_warps=4, num_stages=3,
+        **sizes, **cut, STEP=STEP, num_warps=4, num_stages=2,
     )  # fmt: skip
     _importance_kernel[(triton.cdiv(blocks, IMPORTANCE_BLOCKS), batch * kv_heads)](
         logits, lengths, peaks, totals, importance, rows, parts, compressed_parts, blocks,

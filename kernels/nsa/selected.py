@@ -125,16 +125,16 @@ def _list_forward(
     merge_constants = shape.constants | dict(
         QUERIES=merge_queries, ROWS=triton.next_power_of_2(merge_queries * shape.group)
     )
+    items = work_items(lists, shape.item_pairs())
     for head in range(0, shape.kv_heads, heads):
-        chunk = slice(head, min(head + heads, shape.kv_heads))
-        items = work_items(lists, shape.item_pairs(), chunk)
+        end = min(head + heads, shape.kv_heads)
         _list_forward_kernel[(items.lists.numel(),)](
             q, k_desc, v_desc, partial, partial_lse, lists.blocks, lists.pairs, lists.starts,
-            items.lists, items.ends, cu_seqlens, key_major, head, shape.tokens,
+            items.lists, items.ends, cu_seqlens, key_major, head, end, shape.tokens,
             lists.blocks.shape[0], items.ends.numel(), items.length, scale / LN2,
             **shape.constants, num_warps=4, num_stages=shape.stages(64, 3),
         )  # fmt: skip
-        _merge_kernel[(merge_tiles.shape[0], chunk.stop - chunk.start)](
+        _merge_kernel[(merge_tiles.shape[0], end - head)](
             partial, partial_lse, indices, merge_tiles, cu_seqlens, key_major, o, lse, head,
             shape.tokens, **merge_constants, num_warps=4,
         )  # fmt: skip
@@ -215,7 +215,8 @@ def _union_forward_kernel(
 @triton.jit
 def _list_forward_kernel(
     q, k_desc, v_desc, partial, partial_lse, blocks, pairs, starts, item_lists, item_ends,
-    cu_seqlens, key_major, first_head, num_tokens, num_blocks, num_lists, item_pairs, scale_log2,
+    cu_seqlens, key_major, first_head, end_head, num_tokens, num_blocks, num_lists, item_pairs,
+    scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
@@ -226,8 +227,10 @@ def _list_forward_kernel(
     list_id = tl.load(item_lists + item)
     if list_id >= num_lists:
         return
-    local_head = list_id // num_blocks
-    head = first_head + local_head
+    head = list_id // num_blocks
+    local_head = head - first_head
+    if (head < first_head) | (head >= end_head):
+        return
     block = list_id % num_blocks
     document = tl.load(blocks + 2 * block)
     if document < 0:

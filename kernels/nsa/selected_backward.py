@@ -17,7 +17,7 @@ from kernels.nsa.csr import BlockLists, block_lists, work_items
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.selected import KEY_MAJOR_GROUP, LN2, WORKSPACE, Shape, load_rows
 from kernels.nsa.tiles import tile_map
-from kernels.nsa.union import block_unions, tile_queries
+from kernels.nsa.union import block_unions
 
 
 def selected_backward(
@@ -36,16 +36,10 @@ def selected_backward(
     grads = (do, q, k, v, lse, delta, dq, dk, dv)
     if shape.group <= KEY_MAJOR_GROUP and shape.partial_bytes(q.shape[2]) <= WORKSPACE:
         _delta(do, o, delta, shape)
-        heads = shape.heads_at_once(q.shape[2])
-        rows = heads * shape.tokens * shape.num_selected * shape.group
-        partial = q.new_empty(rows, q.shape[2])
-        for head in range(0, shape.kv_heads, heads):
-            chunk = slice(head, min(head + heads, shape.kv_heads))
-            _key_gradients(*grads, lists, cu_seqlens, shape, scale, chunk, partial)
-            _sum_query_gradient(partial, indices, cu_seqlens, dq, shape, chunk)
+        _key_gradients(*grads, lists, indices, cu_seqlens, shape, scale, with_dq=True)
     else:
         _query_gradient(*grads, o, indices, cu_seqlens, shape, scale)
-        _key_gradients(*grads, lists, cu_seqlens, shape, scale, slice(0, shape.kv_heads))
+        _key_gradients(*grads, lists, indices, cu_seqlens, shape, scale, with_dq=False)
     return dq, dk, dv
 
 
@@ -65,43 +59,48 @@ def _query_gradient(
         do, q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), o, lse,
         delta, dq, union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, scale,
         scale / LN2, **shape.constants,
-        num_warps=8 if wide else 4, num_stages=shape.stages(shape.keys, 2 if shape.dim_pad > 64 else 3),
+        num_warps=8 if wide else 4,
+        num_stages=shape.stages(shape.keys, 2 if shape.dim_pad > 64 else 3),
     )  # fmt: skip
 
 
 def _key_gradients(
-    do, q, k, v, lse, delta, dq, dk, dv, lists: BlockLists, cu_seqlens, shape: Shape, scale,
-    heads: slice, partial=None,
+    do, q, k, v, lse, delta, dq, dk, dv, lists: BlockLists, indices, cu_seqlens, shape: Shape,
+    scale, with_dq: bool,
 ):  # fmt: skip
-    """dk and dv of the KV heads in `heads`; with `partial`, also the rows that add up to dq."""
-    items = work_items(lists, shape.item_pairs(), heads)
+    """dk and dv, and with `with_dq` also dq, for which the KV heads take turns in one workspace."""
+    items = work_items(lists, shape.item_pairs())
     dk_split = dk.new_empty(items.split_items, shape.block, dk.shape[2], dtype=torch.float32)
     dv_split = dv.new_empty(items.split_items, shape.block, dv.shape[2], dtype=torch.float32)
-    wide = shape.keys > 64 or shape.dim_pad > 128
     num_blocks, num_lists = lists.blocks.shape[0], items.ends.numel()
     common = (lists.blocks, cu_seqlens, items.ends, items.split_ends, dk_split, dv_split, dk, dv)
-    _key_gradient_kernel[(items.lists.numel(),)](
-        do, q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), lse,
-        delta, partial, lists.pairs, lists.starts, items.lists, *common, heads.start,
-        shape.tokens, num_blocks, num_lists, items.length, scale, scale / LN2,
-        **shape.constants, HAS_PARTIAL=partial is not None,
-        num_warps=8 if wide else 4, num_stages=shape.stages(64, 3 if shape.group <= 4 else 2),
-    )  # fmt: skip
-    _join_kernel[(num_lists,)](
-        *common, heads.start, num_blocks, scale, **shape.constants, num_warps=4
-    )
-
-
-def _sum_query_gradient(partial, indices, cu_seqlens, dq, shape: Shape, heads: slice):
-    queries = max(tile_queries(shape.group) // 4, 1)
-    tiles = tile_map(cu_seqlens, shape.tokens, queries)
-    constants = shape.constants | dict(
-        QUERIES=queries, ROWS=triton.next_power_of_2(queries * shape.group)
-    )
-    _sum_query_gradient_kernel[(tiles.shape[0], heads.stop - heads.start)](
-        partial, indices, tiles, cu_seqlens, dq, heads.start, shape.tokens, **constants,
-        num_warps=4,
-    )  # fmt: skip
+    k_desc, v_desc = shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad)
+    wide = shape.keys > 64 or shape.dim_pad > 128
+    heads, partial = shape.kv_heads, None
+    if with_dq:
+        heads = shape.heads_at_once(q.shape[2])
+        rows = heads * shape.tokens * shape.num_selected * shape.group
+        partial = q.new_empty(rows, q.shape[2])
+        sum_queries = max(shape.queries // 4, 1)
+        sum_tiles = tile_map(cu_seqlens, shape.tokens, sum_queries)
+        sum_constants = shape.constants | dict(
+            QUERIES=sum_queries, ROWS=triton.next_power_of_2(sum_queries * shape.group)
+        )
+    for head in range(0, shape.kv_heads, heads):
+        end = min(head + heads, shape.kv_heads)
+        _key_gradient_kernel[(items.lists.numel(),)](
+            do, q, k_desc, v_desc, lse, delta, partial, lists.pairs, lists.starts, items.lists,
+            *common, head, end, shape.tokens, num_blocks, num_lists, items.length, scale,
+            scale / LN2, **shape.constants, HAS_PARTIAL=with_dq,
+            # The third stage pays only beside small groups' shorter rows.
+            num_warps=8 if wide else 4, num_stages=shape.stages(64, 3 if shape.group <= 4 else 2),
+        )  # fmt: skip
+        if with_dq:
+            _sum_query_gradient_kernel[(sum_tiles.shape[0], end - head)](
+                partial, indices, sum_tiles, cu_seqlens, dq, head, shape.tokens, **sum_constants,
+                num_warps=4,
+            )  # fmt: skip
+    _join_kernel[(num_lists,)](*common, num_blocks, scale, **shape.constants, num_warps=4)
 
 
 @triton.jit
@@ -219,8 +218,8 @@ def _add_queries(
 @triton.jit
 def _key_gradient_kernel(
     do, q, k_desc, v_desc, lse, delta, partial, pairs, starts, item_lists, blocks, cu_seqlens,
-    item_ends, split_ends, dk_split, dv_split, dk, dv, first_head, num_tokens, num_blocks,
-    num_lists, item_pairs, scale, scale_log2,
+    item_ends, split_ends, dk_split, dv_split, dk, dv, first_head, end_head, num_tokens,
+    num_blocks, num_lists, item_pairs, scale, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
@@ -231,8 +230,10 @@ def _key_gradient_kernel(
     list_id = tl.load(item_lists + item)
     if list_id >= num_lists:
         return
-    local_head = list_id // num_blocks
-    head = first_head + local_head
+    head = list_id // num_blocks
+    local_head = head - first_head
+    if (head < first_head) | (head >= end_head):
+        return
     block = list_id % num_blocks
     document = tl.load(blocks + 2 * block)
     if document < 0:
@@ -290,8 +291,7 @@ def _key_gradient_kernel(
 
 @triton.jit
 def _join_kernel(
-    blocks, cu_seqlens, item_ends, split_ends, dk_split, dv_split, dk, dv, first_head, num_blocks,
-    scale,
+    blocks, cu_seqlens, item_ends, split_ends, dk_split, dv_split, dk, dv, num_blocks, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
@@ -303,7 +303,7 @@ def _join_kernel(
     end = tl.load(split_ends + list_id)
     if before == end:
         return
-    head = first_head + list_id // num_blocks
+    head = list_id // num_blocks
     block = list_id % num_blocks
     document = tl.load(blocks + 2 * block)
     first = tl.load(cu_seqlens + document) + tl.load(blocks + 2 * block + 1)
@@ -315,7 +315,7 @@ def _join_kernel(
     dk_acc = tl.zeros([KEYS, DK_PAD], tl.float32)
     dv_acc = tl.zeros([KEYS, DV_PAD], tl.float32)
     for i in range(before, end):
-        row = i.to(tl.int64) * BLOCK + key
+        row = (i * BLOCK + key).to(tl.int64)
         dk_acc += tl.load(dk_split + row[:, None] * DK + dk_col[None, :], mask=dk_mask, other=0.0)
         dv_acc += tl.load(dv_split + row[:, None] * DV + dv_col[None, :], mask=dv_mask, other=0.0)
     k_row = (first + key).to(tl.int64) * KV_HEADS + head
