@@ -86,7 +86,7 @@ class Shape:
         return min(max(WORKSPACE // self.partial_bytes(dim), 1), self.kv_heads)
 
     def item_pairs(self) -> int:
-        """Pairs per work item: about eight items per multiprocessor, so that none is a straggler."""
+        """Pairs per work item: about eight per multiprocessor, so that none is a straggler."""
         pairs = self.kv_heads * self.tokens * self.num_selected
         return max(triton.next_power_of_2(pairs // 1024), 16 * self.queries)
 
@@ -107,7 +107,7 @@ def _union_forward(q, k, v, o, lse, union: Union, key_major, cu_seqlens, shape: 
         q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), o, lse,
         union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, key_major,
         scale / LN2, **shape.constants, HAS_KEY_MAJOR=key_major is not None,
-        # Narrow heads leave registers for a third program per multiprocessor instead of a third stage.
+        # Narrow heads leave room for another program, which beats a third stage.
         num_warps=4, num_stages=shape.stages(shape.keys, 3 if shape.dim_pad > 64 else 2),
     )  # fmt: skip
 

@@ -182,7 +182,7 @@ def _add_queries(
     """Add what the queries pairs[i : i + QUERIES] give to dK and dV of a block."""
     row = tl.arange(0, ROWS)
     query = row // GROUP
-    dk_col, dv_col = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
+    dk_col = tl.arange(0, DK_PAD)
     key = tl.arange(0, KEYS)
     # Rows past the end read the last query and then count for nothing.
     valid = i + query < end

@@ -40,7 +40,7 @@ def tile_queries(group: int) -> int:
 
 
 def block_unions(indices: torch.Tensor, cu_seqlens: torch.Tensor, block: int, group: int) -> Union:
-    """Unions of indices int32 [Hkv, T, n] (document-relative blocks of `block` tokens, -1 = none)."""
+    """Unions of indices int32 [Hkv, T, n]: document-relative blocks of `block` tokens, -1 none."""
     kv_heads, num_tokens, num_selected = indices.shape
     queries = tile_queries(group)
     tiles = tile_map(cu_seqlens, num_tokens, queries)

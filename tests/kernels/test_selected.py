@@ -1,7 +1,7 @@
 """Selected attention: unions, reverse lists, and both ways through the kernels, against oracles.
 
-On a CPU the kernels run in Triton's interpreter, in fp32 and fp16; on a GPU also in bf16 over a wide
-grid. The oracle is a dense mask in float64, built one query at a time.
+On a CPU the kernels run in Triton's interpreter, in fp32 and fp16; on a GPU also in bf16 over a
+wide grid. The oracle is a dense mask in float64, built one query at a time.
 """
 
 import pytest
