@@ -242,7 +242,7 @@ def _list_forward_kernel(
     starts += head * (num_blocks + 1) + block
     start = tl.load(starts) + (item - before) * item_pairs
     end = tl.minimum(start + item_pairs, tl.load(starts + 1))
-    head_pairs = num_tokens.to(tl.int64) * NUM_SELECTED
+    head_pairs = tl.cast(num_tokens, tl.int64) * NUM_SELECTED
     pairs += head * head_pairs
     row = tl.arange(0, ROWS)
     dv = tl.arange(0, DV_PAD)
@@ -299,7 +299,7 @@ def _merge_kernel(
     valid = (query < QUERIES) & (token < tl.load(cu_seqlens + document + 1))
     dv = tl.arange(0, DV_PAD)
     pair = token * NUM_SELECTED
-    head_pairs = num_tokens.to(tl.int64) * NUM_SELECTED
+    head_pairs = tl.cast(num_tokens, tl.int64) * NUM_SELECTED
     indices += head * head_pairs
     source = (local_head * head_pairs + pair) * GROUP + row % GROUP
     peak = tl.full([ROWS], -1e30, tl.float32)

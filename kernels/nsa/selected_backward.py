@@ -243,7 +243,7 @@ def _key_gradient_kernel(
     starts += head * (num_blocks + 1) + block
     start = tl.load(starts) + (item - before) * item_pairs
     end = tl.minimum(start + item_pairs, tl.load(starts + 1))
-    head_pairs = num_tokens.to(tl.int64) * NUM_SELECTED
+    head_pairs = tl.cast(num_tokens, tl.int64) * NUM_SELECTED
     pairs += head * head_pairs
     dk_col, dv_col = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
     key = tl.arange(0, KEYS)
@@ -347,7 +347,7 @@ def _sum_query_gradient_kernel(
     valid = (query < QUERIES) & (token < tl.load(cu_seqlens + document + 1))
     dk_col = tl.arange(0, DK_PAD)
     pair = token * NUM_SELECTED
-    head_pairs = num_tokens.to(tl.int64) * NUM_SELECTED
+    head_pairs = tl.cast(num_tokens, tl.int64) * NUM_SELECTED
     indices += head * head_pairs
     source = (local_head * head_pairs + pair) * GROUP + row % GROUP
     acc = tl.zeros([ROWS, DK_PAD], tl.float32)
