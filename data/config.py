@@ -142,7 +142,10 @@ def command_line(arguments: list[str]) -> list[str]:
         if not match:
             return argument
         sign, key, value = match.groups()
-        if re.search(r"(^|\.)(\w*path|output_dir|checkpoint|run|haystack|prompt)$", key) and value != "null":
+        if (
+            re.search(r"(^|\.)(\w*path|output_dir|checkpoint|run|haystack|prompt)$", key)
+            and value != "null"
+        ):
             if value[:1] not in "'\"":
                 # Hydra unescapes backslashes only where they stand before a quote.
                 value = re.sub(r"\\+(?='|\Z)", lambda run: 2 * run[0], value)

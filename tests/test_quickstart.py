@@ -18,13 +18,23 @@ def test_raw_text_to_a_scored_checkpoint_and_a_report(tmp_path):
         "train/pretrain.py", "eval/baseline.py", "eval/needle.py", "eval/report.py",
     ]  # fmt: skip
     run = tmp_path / "quickstart"
-    small = [*SMALL, "eval.lengths=[128,256]", "eval.depths=2", "eval.samples=1", "log.wandb=offline"]
+    small = [
+        *SMALL,
+        "eval.lengths=[128,256]",
+        "eval.depths=2",
+        "eval.samples=1",
+        "log.wandb=offline",
+    ]
     for command in commands:
         script, *arguments = command.replace("outputs/quickstart", str(run)).split()
         if script == "train/pretrain.py":
             arguments += [a for a in small if not a.startswith("+")] + [f"output_dir={tmp_path}"]
         result = subprocess.run(
-            [sys.executable, script, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+            [sys.executable, script, *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert result.returncode == 0, result.stdout + result.stderr
 

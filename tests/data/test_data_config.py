@@ -12,8 +12,8 @@ from data.config import (
     DataConfig,
     TokenizerConfig,
     ValidationConfig,
-    from_config,
     command_line,
+    from_config,
     resolve_path,
 )
 

@@ -70,9 +70,7 @@ def test_equals_the_last_token_of_the_definition():
     queries = torch.zeros(37, 4, 16, dtype=torch.float64, device=DEVICE)
     queries[-1] = q[0]
     gate_rows = gates.expand(37, 4, 3)
-    want, _ = oracle.nsa(
-        queries, *(c[0] for c in caches), gate_rows, [0, 37], geometry, 16**-0.5
-    )
+    want, _ = oracle.nsa(queries, *(c[0] for c in caches), gate_rows, [0, 37], geometry, 16**-0.5)
     assert relative_error(nsa_decode(*tensors, lengths, geometry)[0], want[-1]) < 1e-5
 
 
