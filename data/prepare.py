@@ -208,7 +208,7 @@ def _progress(texts: Iterator[str], label: str) -> Iterator[str]:
 @hydra.main(version_base=None, config_path="../conf", config_name="config")
 def main(config: DictConfig) -> None:
     try:
-        prepare(config.data, config.tokenizer)
+        prepare(config.data, config.tokenizer, resolve_path(config.output_dir) / "data")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
