@@ -20,6 +20,10 @@ def resolved(*overrides):
         return OmegaConf.to_container(compose("config", list(overrides)), resolve=True)
 
 
+def test_the_table_of_contents_alone_is_a_valid_run():
+    assert check_config(resolved("device=cpu")).num_steps > 0
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_valid_on_the_cpu(experiment):
     run = check_config(resolved(f"+experiment={experiment}", "device=cpu"))
