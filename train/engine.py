@@ -36,6 +36,7 @@ def start_process_group(device: torch.device) -> tuple[torch.device, int, int]:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     warnings.filterwarnings("ignore", message=r"barrier\(\)")  # the device is set above
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
