@@ -44,5 +44,5 @@ test: $(INSTALLED) ## all tests that need no GPU
 test-gpu: $(INSTALLED) ## the tests of the kernels on a CUDA device
 	$(PY) -m pytest -m gpu
 
-clean: ## remove .venv and outputs
-	rm -rf $(VENV) outputs
+clean: ## remove .venv; outputs/ holds your runs and stays
+	rm -rf $(VENV)

@@ -98,6 +98,20 @@ def from_config(cls: type[Config], mapping: Mapping, where: str) -> Config:
     return cls(**values)
 
 
+def check_root(mapping: Mapping) -> None:
+    """Raises ValueError for a key beside the groups and settings that conf/config.yaml lists."""
+    table = OmegaConf.load(ROOT / "conf" / "config.yaml")
+    groups = [key for entry in table.defaults if entry != "_self_" for key in entry]
+    known = [
+        key for key in (*groups, *table) if " " not in key and key not in ("defaults", "hydra")
+    ]
+    for key in mapping:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"{key}: unknown key; {hint}")
+
+
 def _typed(value: Any, hint: Any, where: str) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None and NoneType in options:
@@ -133,8 +147,8 @@ def command_line(arguments: list[str]) -> list[str]:
     """Command line overrides as Hydra should see them.
 
     Paths are quoted: Hydra's grammar takes no bare ~, brackets or commas, which they are free to
-    hold, and the shell leaves the ~ of `data.path=~/books` alone. A key inside a group may be one
-    that does not exist: our own check then says what was meant, in one sentence.
+    hold, and the shell leaves the ~ of `data.path=~/books` alone. A key may be one that does not
+    exist: our own check then says what was meant, in one sentence.
     """
 
     def translated(argument: str) -> str:
@@ -150,7 +164,8 @@ def command_line(arguments: list[str]) -> list[str]:
                 # Hydra unescapes backslashes only where they stand before a quote.
                 value = re.sub(r"\\+(?='|\Z)", lambda run: 2 * run[0], value)
                 value = "'" + value.replace("'", r"\'") + "'"
-        if "." in key and not key.startswith("hydra."):
+        is_group = (ROOT / "conf" / key).is_dir()  # their options are Hydra's to find
+        if not is_group and not key.startswith("hydra."):
             sign = "++"
         return f"{sign}{key}={value}"
 

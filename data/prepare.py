@@ -29,7 +29,14 @@ from omegaconf import DictConfig
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data.config import DataConfig, TokenizerConfig, command_line, from_config, resolve_path
+from data.config import (
+    DataConfig,
+    TokenizerConfig,
+    check_root,
+    command_line,
+    from_config,
+    resolve_path,
+)
 from data.shards import ShardWriter, TokenShards
 from data.split import Corpus
 from data.tokenizer import (
@@ -208,6 +215,7 @@ def _progress(texts: Iterator[str], label: str) -> Iterator[str]:
 @hydra.main(version_base=None, config_path="../conf", config_name="config")
 def main(config: DictConfig) -> None:
     try:
+        check_root(config)
         prepare(config.data, config.tokenizer, resolve_path(config.output_dir) / "data")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -19,13 +19,14 @@ if __name__ == "__main__":
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import hydra
 import numpy as np
 import yaml
 from omegaconf import DictConfig
 
-from data.config import command_line, resolve_path
+from data.config import command_line, from_config, resolve_path
 from data.shards import TokenShards
 from data.tokenizer import load_tokenizer
 
@@ -57,6 +58,13 @@ class ContextModel:
             mixed = (counts[*context, c] + different * p) / np.maximum(seen + different, 1)
             p = np.where(seen > 0, mixed, p)
         return float(-np.log2(p).sum())
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """conf/report.yaml"""
+
+    run: str
 
 
 def bits_per_byte(training: Iterable[bytes], validation: Iterable[bytes]) -> float:
@@ -126,7 +134,8 @@ def _texts(data_path: Path, side: str, limit: float = float("inf")) -> Iterator[
 @hydra.main(version_base=None, config_path="../conf", config_name="report")
 def main(config: DictConfig) -> None:
     try:
-        result = run_baseline(resolve_path(config.run))
+        settings = from_config(RunSettings, config, "report")
+        result = run_baseline(resolve_path(settings.run))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(f"baseline    order-2 model of bytes: {result['bits_per_byte']:.3f} bits per byte")

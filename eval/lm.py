@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.cache import Cache
 from model.decoder import Decoder
+from model.generate import feed
 
 
 class LanguageModel(Protocol):
@@ -68,21 +69,10 @@ class DecoderLM:
         if prompt != self._prompt:
             self._cache = Cache(1, len(self.model.blocks), len(prompt) + self.reserve)
             self._last = self._feed(prompt)[-1].clone()
-            self._pending = [dict(layer.pending) for layer in self._cache.layers]
-            self._prompt = list(prompt)
-        # Rows beyond `past` are never read, so forgetting a continuation is moving back.
-        self._cache.past[0] = len(prompt)
-        for layer, pending in zip(self._cache.layers, self._pending, strict=True):
-            layer.pending = dict(pending)
+            self._end, self._prompt = self._cache.mark(), list(prompt)
+        self._cache.rewind(self._end)
         return self._last
 
     def _feed(self, new: list[int]) -> Tensor:
         """Hidden states [len(new), dim] of tokens appended to the cache."""
-        past, cache = self._cache.past[0], self._cache
-        cu_seqlens = torch.tensor([0, len(new)], dtype=torch.int32)
-        cache.check(cu_seqlens)
-        tokens = torch.tensor(new, device=self.device)
-        positions = torch.arange(past, past + len(new), device=self.device)
-        hidden = self.model.hidden(tokens, positions, cu_seqlens.to(self.device), len(new), cache)
-        cache.advance(cu_seqlens)
-        return hidden
+        return feed(self.model, self._cache, [new])

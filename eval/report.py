@@ -24,8 +24,8 @@ import yaml
 from omegaconf import DictConfig
 from safetensors import safe_open
 
-from data.config import command_line, resolve_path
-from eval.baseline import run_baseline, run_config
+from data.config import command_line, from_config, resolve_path
+from eval.baseline import RunSettings, run_baseline, run_config
 from eval.charts import Series, heat_table, line_chart, si, smooth
 from model.checkpoint import WEIGHTS, find_checkpoint
 
@@ -321,7 +321,7 @@ def _duration(seconds: float) -> str:
 @hydra.main(version_base=None, config_path="../conf", config_name="report")
 def main(config: DictConfig) -> None:
     try:
-        path = write_report(resolve_path(config.run))
+        path = write_report(resolve_path(from_config(RunSettings, config, "report").run))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(f"report      {path}")

@@ -11,7 +11,7 @@ class LayerCache:
     """Named buffers [B, rows, ...] of one layer, allocated at first use.
 
     `past` counts each sequence's tokens before the current call. `pending` is free for what a layer
-    must remember about unfinished blocks.
+    must remember about unfinished blocks; its tensors are replaced, never changed in place.
     """
 
     def __init__(self, past: list[int], max_length: int):
@@ -53,6 +53,13 @@ class Cache:
         for b, new in enumerate(cu_seqlens.diff().tolist()):
             self.past[b] += new
 
-    @property
-    def empty(self) -> bool:
-        return not any(self.past)
+    def mark(self) -> list:
+        """Where the sequences stand, for rewind."""
+        return [list(self.past), [dict(layer.pending) for layer in self.layers]]
+
+    def rewind(self, mark: list) -> None:
+        """Forget all tokens since mark(): rows beyond `past` are never read."""
+        past, pending = mark
+        self.past[:] = past
+        for layer, unfinished in zip(self.layers, pending, strict=True):
+            layer.pending = dict(unfinished)

@@ -64,15 +64,23 @@ def stream(
 
 def extend(model: Decoder, cache: Cache, new: Sequence[Sequence[int]]) -> Tensor:
     """Feed each sequence its new tokens (at least one); logits [B, vocab] after the last of each."""
+    last = torch.tensor([len(tokens) for tokens in new]).cumsum(0) - 1
+    hidden = feed(model, cache, new)
+    return model.logits(hidden[last.to(hidden.device)])
+
+
+def feed(model: Decoder, cache: Cache, new: Sequence[Sequence[int]]) -> Tensor:
+    """Append each sequence's new tokens to the cache; their hidden states [T, dim], packed."""
     device = model.embedding.weight.device
     lengths = torch.tensor([len(tokens) for tokens in new])
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
     cache.check(cu_seqlens)
     tokens = torch.tensor([t for tokens in new for t in tokens], device=device)
     positions = torch.cat([torch.arange(len(n)) + p for n, p in zip(new, cache.past, strict=True)])
-    x = model.hidden(tokens, positions.to(device), cu_seqlens.to(device), int(lengths.max()), cache)
+    longest = int(lengths.max())
+    hidden = model.hidden(tokens, positions.to(device), cu_seqlens.to(device), longest, cache)
     cache.advance(cu_seqlens)
-    return model.logits(x[(cu_seqlens[1:] - 1).long().to(device)])
+    return hidden
 
 
 def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

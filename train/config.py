@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from data.config import DataConfig, TokenizerConfig, from_config, resolve_path
+from data.config import DataConfig, TokenizerConfig, check_root, from_config, resolve_path
 from eval.needle import NeedleSettings
 from model.build import build_decoder
 from train.optimizer import AdamWConfig
 from train.schedule import Schedule
-
-GROUPS = (
-    "model", "attention", "data", "tokenizer", "optimizer", "schedule", "parallel", "train", "log",
-    "eval",
-)  # fmt: skip
-ROOT_KEYS = (*GROUPS, "name", "output_dir", "seed", "device")
 
 
 @dataclass(frozen=True)
@@ -112,11 +105,7 @@ class RunConfig:
 
 def check_config(raw: dict) -> RunConfig:
     """The checked run. Raises ValueError or FileNotFoundError with one sentence."""
-    for key in raw:
-        if key not in ROOT_KEYS:
-            close = difflib.get_close_matches(key, ROOT_KEYS, 1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(ROOT_KEYS)}."
-            raise ValueError(f"{key} is not a key that anything reads; {hint}")
+    check_root(raw)
     device = _device(raw)
     train = from_config(TrainConfig, raw["train"], "train")
     precision = train.precision

@@ -19,7 +19,8 @@ class AdamWConfig:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices, which decay, and the rest (norms, biases, gates, embeddings)."""
+    """Projection matrices, which decay, and the rest: norms, biases, embeddings, and what steers the
+    branches of NSA (branch gates, scores and position encodings of the compression)."""
     decay, keep = [], []
     for name, parameter in model.named_parameters():
         matrix = parameter.dim() == 2 and name.endswith("proj.weight") or name == "head.weight"

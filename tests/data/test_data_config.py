@@ -124,12 +124,24 @@ def test_any_path_goes_through_the_command_line(path):
         assert OverridesParser.create().parse_override(argument).value() == path
 
 
-def test_keys_inside_a_group_are_left_to_our_own_check():
-    given = ["train.max_stepz=3", "+x.path_length=[1,2]", "data.path=null", "data.path='~/a'"]
-    want = ["++train.max_stepz=3", "++x.path_length=[1,2]", "++data.path=null", "++data.path='~/a'"]
+def test_keys_are_left_to_our_own_check():
+    given = [
+        "devise=cpu",
+        "train.max_stepz=3",
+        "+x.path_length=[1,2]",
+        "data.path=null",
+        "data.path='~/a'",
+    ]
+    want = [
+        "++devise=cpu",
+        "++train.max_stepz=3",
+        "++x.path_length=[1,2]",
+        "++data.path=null",
+        "++data.path='~/a'",
+    ]
     assert command_line(given) == want
 
 
 def test_other_arguments_stay_as_they_are():
-    arguments = ["data=folder", "--cfg", "job", "lengths=[1,2]", "+experiment=x", "hydra.verbose=1"]
+    arguments = ["data=folder", "--cfg", "job", "+experiment=x", "hydra.verbose=1"]
     assert command_line(arguments) == arguments

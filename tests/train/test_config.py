@@ -54,7 +54,8 @@ def test_the_64k_recipe_has_the_size_it_says():
         (["+train.max_stepz=3"], "did you mean train.max_steps"),
         (["+attention.windw=3"], "did you mean attention.window"),
         (["+model.num_layer=3"], "did you mean model.num_layers"),
-        (["+colour=blue"], "colour is not a key"),
+        (["+colour=blue"], "colour: unknown key"),
+        (["+devise=cpu"], r"did you mean device\?"),
         (["model.num_heads=5"], "num_kv_heads"),
         (["train.seq_len=8"], "shorter than attention.compress_b"),
         (["train.seq_len=3000"], "not a multiple of train.seq_len"),
@@ -83,6 +84,7 @@ def test_a_gpu_recipe_without_a_gpu_names_the_way_out():
     [
         (["data=folder", "data.path=/no/such/folder"], "/no/such/folder"),
         (["train.max_stepz=3"], "max_stepz"),
+        (["devise=cpu"], "did you mean device?"),
         (["model=huge"], "huge"),
         (["model.num_heads=5"], "num_kv_heads"),
     ],
