@@ -241,7 +241,8 @@ def _key_gradient_kernel(
     first = tl.load(cu_seqlens + document) + tl.load(blocks + 2 * block + 1)
     before = tl.load(item_ends + list_id - 1, mask=list_id > 0, other=0)
     starts += head * (num_blocks + 1) + block
-    start = tl.load(starts) + (item - before) * item_pairs
+    list_start = tl.load(starts)
+    start = list_start + (item - before) * item_pairs
     end = tl.minimum(start + item_pairs, tl.load(starts + 1))
     head_pairs = tl.cast(num_tokens, tl.int64) * NUM_SELECTED
     pairs += head * head_pairs
@@ -252,9 +253,9 @@ def _key_gradient_kernel(
     dk_acc = tl.zeros([KEYS, DK_PAD], tl.float32)
     dv_acc = tl.zeros([KEYS, DV_PAD], tl.float32)
     # Queries ascend, so those inside the block, the only ones with keys in their future, come first
-    # and number at most BLOCK.
-    inside: tl.constexpr = (BLOCK + QUERIES - 1) // QUERIES * QUERIES
-    masked_end = tl.where(item == before, tl.minimum(start + inside, end), start)
+    # in the list and number at most BLOCK; they may fill several short items.
+    masked_end = tl.maximum(tl.minimum(list_start + BLOCK, end), start)
+    masked_end = start + tl.cdiv(masked_end - start, QUERIES) * QUERIES
     for i in range(start, masked_end, QUERIES):
         dk_acc, dv_acc = _add_queries(
             do, q, lse, delta, partial, pairs, i, end, first, k_tile, v_tile, dk_acc, dv_acc, head,

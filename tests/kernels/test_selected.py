@@ -136,6 +136,11 @@ def test_heads_take_turns_and_lists_split(monkeypatch):
     check(inputs)
 
 
+def test_a_blocks_own_queries_may_fill_several_items(monkeypatch):
+    monkeypatch.setattr(selected.Shape, "item_pairs", lambda self: self.queries)
+    check(make_inputs([40], 1, 16, (16, 16), 3, 16, torch.float32, 0))
+
+
 def test_a_query_without_blocks_is_zero():
     q, k, v, indices, *rest = make_inputs([30], 1, 4, (16, 16), 3, 8, torch.float32, 0)
     indices[:, 11] = -1
