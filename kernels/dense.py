@@ -6,6 +6,8 @@ banded kernel that NSA's window branch uses too (Triton on CUDA, plain torch els
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -78,9 +80,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _backend(q: Tensor):
     if not q.is_cuda:
         return reference
-    from kernels.nsa import window  # needs a working Triton
+    from kernels.nsa import gates, window  # need a working Triton
 
-    return window
+    return SimpleNamespace(
+        window_forward=window.window_forward,
+        window_backward=window.window_backward,
+        row_delta=gates.row_delta,
+    )
 
 
 @torch.library.custom_op("nsa::window", mutates_args=())
@@ -116,7 +122,9 @@ def _window_backward(
     window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backend(q).window_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, window, scale)
+    run = _backend(q)
+    delta = run.row_delta(do, o)
+    return run.window_backward(do, q, k, v, lse, delta, cu_seqlens, max_seqlen, window, scale)
 
 
 @_window_backward.register_fake

@@ -22,12 +22,16 @@ def compressed_forward(
 
 
 def compressed_backward(
-    do, q, k_cmp, v_cmp, o, lse, cu_seqlens, max_seqlen: int, geometry: Geometry, scale: float
-):
-    """Gradients dq, dk_cmp, dv_cmp of compressed_forward; zero for rows no document uses."""
+    do, q, k_cmp, v_cmp, lse, delta, cu_seqlens, max_seqlen: int, geometry: Geometry, scale: float,
+    dq=None,
+):  # fmt: skip
+    """Gradients dq, dk_cmp, dv_cmp of compressed_forward; zero for rows no document uses.
+
+    delta [T, H] fp32 = sum(dO * O). A dq that is given is added to in place.
+    """
     keys = _keys(cu_seqlens, geometry)
-    inputs = do, q, k_cmp, v_cmp, o, lse, cu_seqlens, max_seqlen
-    return flash_backward(*inputs, keys, scale)
+    inputs = do, q, k_cmp, v_cmp, lse, delta, cu_seqlens, max_seqlen
+    return flash_backward(*inputs, keys, scale, dq)
 
 
 def _keys(cu_seqlens, geometry: Geometry) -> Keys:

@@ -12,8 +12,8 @@ outside a tensor with zeros.
 
 Backward in two kernels, 7 matrix products instead of the 5 of a fused one, because a fused one
 needs a sum over programs for dQ: by fp32 atomics, which are not deterministic and were slower.
-dQ is query-major and leaves delta = sum(dO * O) behind; dK/dV is key-major and may be split over
-chunks of queries, each with an fp32 partial, summed in a fixed order by a third kernel.
+dQ is query-major; dK/dV is key-major and may be split over chunks of queries, each with an fp32
+partial, summed in a fixed order by a third kernel.
 
 The kernels exist in portable Triton (flash_triton.py), which also runs in the interpreter, and,
 where Triton's scheduling is the limit, in Gluon for Hopper (flash_hopper*.py).
@@ -102,8 +102,13 @@ def flash_forward(q, k, v, cu_seqlens, keys: Keys, scale: float):
     return o, lse
 
 
-def flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen: int, keys: Keys, scale: float):
-    """dq, dk, dv of flash_forward; key rows that no document uses get exactly zero."""
+def flash_backward(
+    do, q, k, v, lse, delta, cu_seqlens, max_seqlen: int, keys: Keys, scale: float, dq=None
+):
+    """dq, dk, dv of flash_forward; key rows that no document uses get exactly zero.
+
+    delta [T, H] fp32 = sum(dO * O). A dq that is given is added to in place.
+    """
     tiles = _tiles(q, k, v, keys)
     tokens, heads, _ = q.shape
     kv_heads = k.shape[1]
@@ -111,8 +116,9 @@ def flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen: int, keys: Keys,
     rows = (tokens // ALIGN.value + cu_seqlens.numel() - 1) * ALIGN.value
     group = triton.next_power_of_2(heads // kv_heads)
     stats = torch.empty(2, kv_heads, rows, group, dtype=torch.float32, device=q.device)
-    dq = torch.empty_like(q)
-    inputs = do, q, k, v, o, lse, stats, dq, cu_seqlens, keys
+    add = dq is not None
+    dq = dq if add else torch.empty_like(q)
+    inputs = do, q, k, v, lse, delta, stats, dq, add, cu_seqlens, keys
     _backend(tiles.dq).backward_dq(*inputs, tiles.dq, scale)
 
     tile = tiles.dkv

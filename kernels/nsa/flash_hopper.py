@@ -41,17 +41,19 @@ def forward(q, k, v, o, lse, cu_seqlens, keys, tile, scale: float) -> None:
     )  # fmt: skip
 
 
-def backward_dq(do, q, k, v, o, lse, stats, dq, cu_seqlens, keys, tile, scale: float) -> None:
-    """Fill dq and stats."""
+def backward_dq(
+    do, q, k, v, lse, delta, stats, dq, add: bool, cu_seqlens, keys, tile, scale: float
+) -> None:
+    """Fill dq, or add to it, and stats."""
     shape = sizes(q, k, v, keys)
     queries = tile.rows // shape["GP"]
     work = tile_map(cu_seqlens, q.shape[0], queries)
     dq_kernel[(_programs(q),)](
         _tiles(q, queries, shape["GP"], q.shape[2]), _tiles(k.flatten(1), tile.keys, k.shape[2]),
-        _tiles(v.flatten(1), tile.keys, v.shape[2]), o,
-        _tiles(do, queries, shape["GP"], do.shape[2]), lse, *stats, dq,
+        _tiles(v.flatten(1), tile.keys, v.shape[2]),
+        _tiles(do, queries, shape["GP"], do.shape[2]), lse, delta, *stats, dq,
         work, cu_seqlens, keys.cu_keys, len(work), keys.window or 0, scale, stats.shape[2],
-        **shape, BQ=queries, BN=tile.keys, SLOTS=1, STAGES=tile.stages, num_warps=4,
+        **shape, BQ=queries, BN=tile.keys, SLOTS=1, STAGES=tile.stages, ADD=add, num_warps=4,
     )  # fmt: skip
 
 

@@ -33,9 +33,9 @@ def barriers(SLOTS: gl.constexpr):
 @gluon.jit
 def store_rows(
     out, x, row, stride, count, per_row: gl.constexpr, valid: gl.constexpr,
-    N: gl.constexpr, D: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr, ADD: gl.constexpr = False,
 ):  # fmt: skip
-    """x [N, D] to the rows of out [..., D] that hold (i // per_row, i % per_row), i < N.
+    """x [N, D] to, or with ADD onto, the rows of out [..., D] of (i // per_row, i % per_row), i < N.
 
     They lie at row + i // per_row * stride + i % per_row. Stored are those with
     i // per_row < count and i % per_row < valid.
@@ -49,7 +49,11 @@ def store_rows(
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
     rows = row + i // per_row * stride + i % per_row
     keep = (i // per_row < count) & (i % per_row < valid)
-    gl.store(out + rows[:, None] * D + d[None, :], x, mask=keep[:, None])
+    out += rows[:, None] * D + d[None, :]
+    if ADD:
+        old = gl.load(out, mask=keep[:, None], other=0.0)
+        x = (x.to(gl.float32) + old.to(gl.float32)).to(out.dtype.element_ty)
+    gl.store(out, x, mask=keep[:, None])
 
 
 @gluon.jit

@@ -317,19 +317,18 @@ def _dq_step(
 
 @gluon.jit
 def _dq_compute(
-    o, lse, norms, deltas, dq, q_smem, do_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+    lse, delta_in, norms, deltas, dq, q_smem, do_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
     tiles, cu_queries, cu_keys, num_tiles, window, scale, num_stats,
     H: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, GP: gl.constexpr,
     DK: gl.constexpr, DV: gl.constexpr,
     STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOWED: gl.constexpr,
     BQ: gl.constexpr, BN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
-    PART: gl.constexpr,
+    ADD: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
     M: gl.constexpr = BQ * GP // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DK, 16])
     ds_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    o_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DV, DV // 8], [4, 1], [1, 0])
     scale_log2 = scale * LOG2E
     done = 0
     tile_count = 0
@@ -348,20 +347,13 @@ def _dq_compute(
         ok = (t < length) & (r % GP < G)
         norm = gl.load(lse + row, mask=ok, other=float("inf")) * LOG2E
         norm = gl.where(norm == float("-inf"), float("inf"), norm)
-        delta = gl.zeros([M], gl.float32, gl.SliceLayout(1, s_layout))
+        delta = gl.load(delta_in + row, mask=ok, other=0.0)
         acc = gl.zeros([M, DK], gl.float32, acc_layout)
         if steps > 0:
-            i = gl.arange(0, M, gl.SliceLayout(1, o_layout))
-            e = gl.arange(0, DV, gl.SliceLayout(0, o_layout))
-            rows = row0 + i // GP * H + i % GP
-            keep = (t0 + i // GP < length) & (i % GP < G)
-            ot = gl.load(o + rows[:, None] * DV + e[None, :], mask=keep[:, None], other=0.0)
             q_slot = tile_count % SLOTS
             q = q_smem.index(q_slot).reshape([2 * M, DK]).slice(PART * M, M)
             do = do_smem.index(q_slot).reshape([2 * M, DV]).slice(PART * M, M)
             mbarrier.wait(q_bars.index(q_slot), tile_count // SLOTS & 1)
-            delta = gl.sum(do.load(o_layout).to(gl.float32) * ot.to(gl.float32), 1)
-            delta = gl.convert_layout(delta, gl.SliceLayout(1, s_layout))
             s, dp = _dq_logits(q, do, k_smem, v_smem, k_bars, v_bars, done, M, BN, STAGES, s_layout)
             s, dp = warpgroup_mma_wait(0, deps=[s, dp])
             mbarrier.arrive(v_bars.index(STAGES + done % STAGES), count=1)
@@ -396,17 +388,18 @@ def _dq_compute(
         stat = (stat_row(document, token0, h, num_stats) + t0).to(gl.int64) * GP + r
         gl.store(norms + stat, norm, mask=t < length)
         gl.store(deltas + stat, delta, mask=t < length)
-        store_rows(dq, acc * scale, row0, H, length - t0, GP, G, M, DK)
+        store_rows(dq, acc * scale, row0, H, length - t0, GP, G, M, DK, ADD)
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "window", "num_stats"])
 def dq_kernel(
-    q_desc, k_desc, v_desc, o, do_desc, lse, norms, deltas, dq,
+    q_desc, k_desc, v_desc, do_desc, lse, delta_in, norms, deltas, dq,
     tiles, cu_queries, cu_keys, num_tiles, window, scale, num_stats,
     H: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, GP: gl.constexpr,
     DK: gl.constexpr, DV: gl.constexpr,
     STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOWED: gl.constexpr,
     BQ: gl.constexpr, BN: gl.constexpr, SLOTS: gl.constexpr, STAGES: gl.constexpr,
+    ADD: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [SLOTS, BQ, GP, DK], q_desc.layout)
@@ -419,14 +412,16 @@ def dq_kernel(
     gl.warp_specialize(
         [
             (_dq_compute, (
-                o, lse, norms, deltas, dq, q_smem, do_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                lse, delta_in, norms, deltas, dq, q_smem, do_smem, k_smem, v_smem,
+                q_bars, k_bars, v_bars,
                 tiles, cu_queries, cu_keys, num_tiles, window, scale, num_stats,
-                H, HKV, G, GP, DK, DV, STRIDE, OFFSET, WINDOWED, BQ, BN, SLOTS, STAGES, 0,
+                H, HKV, G, GP, DK, DV, STRIDE, OFFSET, WINDOWED, BQ, BN, SLOTS, STAGES, ADD, 0,
             )),
             (_dq_compute, (
-                o, lse, norms, deltas, dq, q_smem, do_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                lse, delta_in, norms, deltas, dq, q_smem, do_smem, k_smem, v_smem,
+                q_bars, k_bars, v_bars,
                 tiles, cu_queries, cu_keys, num_tiles, window, scale, num_stats,
-                H, HKV, G, GP, DK, DV, STRIDE, OFFSET, WINDOWED, BQ, BN, SLOTS, STAGES, 1,
+                H, HKV, G, GP, DK, DV, STRIDE, OFFSET, WINDOWED, BQ, BN, SLOTS, STAGES, ADD, 1,
             )),
             (_dq_load, (
                 q_desc, do_desc, k_desc, v_desc, q_smem, do_smem, k_smem, v_smem,

@@ -74,16 +74,21 @@ def forward(q, k, v, o, lse, cu_seqlens, keys, tile: Tile, scale: float) -> None
     )  # fmt: skip
 
 
-def backward_dq(do, q, k, v, o, lse, stats, dq, cu_seqlens, keys, tile: Tile, scale: float) -> None:
-    """Fill dq, and stats [2, Hkv, rows, GP] with lse in base 2 and delta (rows as in stat_row)."""
+def backward_dq(
+    do, q, k, v, lse, delta, stats, dq, add: bool, cu_seqlens, keys, tile: Tile, scale: float
+) -> None:
+    """Fill dq, or add to it, and stats [2, Hkv, rows, GP] with lse in base 2 and delta.
+
+    Rows of the statistics lie as stat_row says.
+    """
     shape = sizes(q, k, v, keys)
     queries = max(tile.rows // shape["GP"], 1)
     work = tile_map(cu_seqlens, q.shape[0], queries)
     _dq[(len(work), k.shape[1])](
-        q, key_tiles(k, tile.keys), key_tiles(v, tile.keys), o, do, lse, *stats, dq,
+        q, key_tiles(k, tile.keys), key_tiles(v, tile.keys), do, lse, delta, *stats, dq,
         work, cu_seqlens, keys.cu_keys, keys.window or 0, scale, stats.shape[2],
         **shape, DKP=padded(q.shape[2]), DVP=padded(v.shape[2]),
-        BQ=queries, BN=tile.keys, PEEL=tile.peel, num_warps=tile.warps, num_stages=tile.stages,
+        BQ=queries, BN=tile.keys, PEEL=tile.peel, ADD=add, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -265,12 +270,12 @@ def _dq_step(
 
 @triton.jit(do_not_specialize=["window", "num_stats"])
 def _dq(
-    q, k_desc, v_desc, o, do, lse, norms, deltas, dq,
+    q, k_desc, v_desc, do, lse, delta, norms, deltas, dq,
     tiles, cu_queries, cu_keys, window, scale, num_stats,
     H: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, PEEL: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, PEEL: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
@@ -293,8 +298,7 @@ def _dq(
     k_mask = ok[:, None] & (dk < DK)[None, :]
     v_mask = ok[:, None] & (dv < DV)[None, :]
     dot = tl.load(do + row[:, None] * DV + dv[None, :], mask=v_mask, other=0.0)
-    ot = tl.load(o + row[:, None] * DV + dv[None, :], mask=v_mask, other=0.0)
-    dl = tl.sum(dot.to(tl.float32) * ot.to(tl.float32), 1)
+    dl = tl.load(delta + row, mask=ok, other=0.0)
     # A row that is not there, or sees nothing, has p = exp2(s - inf) = 0 without further masks.
     norm = tl.load(lse + row, mask=ok, other=float("inf")) * LOG2E
     norm = tl.where(norm == float("-inf"), float("inf"), norm)
@@ -327,8 +331,11 @@ def _dq(
                 qt, dot, k_desc, v_desc, norm, dl, acc, begin + i * BN, t, key0, h, window,
                 scale_log2, DK, DV, DKP, DVP, STRIDE, OFFSET, WINDOWED, BN, True,
             )  # fmt: skip
-    acc = (acc * scale).to(dq.dtype.element_ty)
-    tl.store(dq + row[:, None] * DK + dk[None, :], acc, mask=k_mask)
+    acc *= scale
+    dq += row[:, None] * DK + dk[None, :]
+    if ADD:
+        acc += tl.load(dq, mask=k_mask, other=0.0).to(tl.float32)
+    tl.store(dq, acc.to(dq.dtype.element_ty), mask=k_mask)
 
 
 @triton.jit

@@ -38,7 +38,8 @@ def nsa_attention(
 
     q [T, H, Dk]; k_sel, k_win [T, Hkv, Dk]; v_sel, v_win [T, Hkv, Dv]; k_cmp [C, Hkv, Dk] and
     v_cmp [C, Hkv, Dv] with C = geometry.capacity(T) rows laid out by geometry.compressed_offsets;
-    gates [T, H, 3] in the branch order above, already passed through the sigmoid; cu_seqlens
+    gates [T, H, 3] in the branch order above, already passed through the sigmoid (the backward
+    needs them not negative); cu_seqlens
     int32 [N + 1] from 0 to T; max_seqlen the longest document in tokens (an upper bound will do);
     scale defaults to Dk ** -0.5.
 
@@ -79,9 +80,11 @@ def _check(q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, geome
 
 def _backend(q: Tensor):
     """The module-like set of branch functions for q's device."""
-    if not q.is_cuda:
-        return reference
-    from kernels.nsa import compressed, selected, selected_backward, selection, window
+    return _triton() if q.is_cuda else reference
+
+
+def _triton() -> SimpleNamespace:
+    from kernels.nsa import compressed, gates, selected, selected_backward, selection, window
 
     return SimpleNamespace(
         compressed_forward=compressed.compressed_forward,
@@ -91,6 +94,8 @@ def _backend(q: Tensor):
         selected_backward=selected_backward.selected_backward,
         window_forward=window.window_forward,
         window_backward=window.window_backward,
+        merge_branches=gates.merge_branches,
+        gate_backward=gates.gate_backward,
     )
 
 
@@ -115,7 +120,7 @@ def _attention(
     indices = run.select_blocks(q, k_cmp, lse_cmp, *docs, geo, scale)
     o_sel, lse_sel = run.selected_forward(q, k_sel, v_sel, indices, *docs, geo, scale)
     o_win, lse_win = run.window_forward(q, k_win, v_win, *docs, geo.window, scale)
-    out = reference.merge_branches(gates, o_cmp, o_sel, o_win)
+    out = run.merge_branches(gates, o_cmp, o_sel, o_win)
     return out, o_cmp, lse_cmp, o_sel, lse_sel, o_win, lse_win, indices
 
 
@@ -156,18 +161,18 @@ def _attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     run, geo, docs = _backend(q), Geometry(*geometry), (cu_seqlens, max_seqlen)
-    dgates = torch.stack([(dout * o).sum(-1) for o in (o_cmp, o_sel, o_win)], -1).to(gates.dtype)
-    do = [(g * dout).to(q.dtype) for g in gates.unsqueeze(-1).unbind(2)]
-    dq_cmp, dk_cmp, dv_cmp = run.compressed_backward(
-        do[0], q, k_cmp, v_cmp, o_cmp, lse_cmp, *docs, geo, scale
+    dgates, lse, delta = run.gate_backward(
+        dout, gates, (o_cmp, o_sel, o_win), (lse_cmp, lse_sel, lse_win)
     )
-    dq_sel, dk_sel, dv_sel = run.selected_backward(
-        do[1], q, k_sel, v_sel, o_sel, lse_sel, indices, *docs, geo, scale
+    dq, dk_sel, dv_sel = run.selected_backward(
+        dout, q, k_sel, v_sel, lse[1], delta[1], indices, *docs, geo, scale
     )
-    dq_win, dk_win, dv_win = run.window_backward(
-        do[2], q, k_win, v_win, o_win, lse_win, *docs, geo.window, scale
+    dq, dk_cmp, dv_cmp = run.compressed_backward(
+        dout, q, k_cmp, v_cmp, lse[0], delta[0], *docs, geo, scale, dq
     )
-    dq = dq_cmp + dq_sel + dq_win
+    dq, dk_win, dv_win = run.window_backward(
+        dout, q, k_win, v_win, lse[2], delta[2], *docs, geo.window, scale, dq
+    )
     return dq, dk_cmp, dv_cmp, dk_sel, dv_sel, dk_win, dv_win, dgates
 
 

@@ -200,13 +200,14 @@ def attention_forward(q, k, v, tiles: Iterator[Tile], scale: float):
     return o, lse
 
 
-def attention_backward(do, q, k, v, o, lse, tiles: Iterator[Tile], scale: float):
-    """Gradients dq, dk, dv of attention_forward for the same tiles.
+def attention_backward(do, q, k, v, lse, delta, tiles: Iterator[Tile], scale: float, dq=None):
+    """Gradients dq, dk, dv of attention_forward for the same tiles; a dq given is added to.
 
-    With P = exp(S - lse):  dV = P^T dO,  dS = P * (dO V^T - sum(dO * O)),  dQ = dS K, dK = dS^T Q.
+    With P = exp(S - lse):  dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = dS K,  dK = dS^T Q, where
+    delta [T, H] = sum(dO * O).
     """
     num_kv_heads = k.shape[1]
-    dq = torch.zeros_like(q)
+    dq = torch.zeros_like(q) if dq is None else dq
     dk, dv = torch.zeros_like(_arithmetic(k)), torch.zeros_like(_arithmetic(v))
     heads = torch.arange(num_kv_heads, device=q.device)[:, None]
     for tile in tiles:
@@ -214,12 +215,12 @@ def attention_backward(do, q, k, v, o, lse, tiles: Iterator[Tile], scale: float)
         if tile.mask.shape[2] == 0:
             continue
         qt, dot = _group(q[tile.rows], num_kv_heads), _group(do[tile.rows], num_kv_heads)
-        ot, lset = _group(o[tile.rows], num_kv_heads), _group(lse[tile.rows, :, None], num_kv_heads)
+        lset, deltat = (_group(x[tile.rows, :, None], num_kv_heads) for x in (lse, delta))
         kt, vt = _heads_first(k, tile.keys), _heads_first(v, tile.keys)
         p = _softmax(_logits(qt, kt, tile, scale), lset)
-        ds = torch.matmul(dot, vt.transpose(1, 2)).sub_((dot * ot).sum(2, keepdim=True))
+        ds = torch.matmul(dot, vt.transpose(1, 2)).sub_(deltat)
         ds.mul_(p).mul_(scale)
-        dq[tile.rows] = _ungroup(torch.matmul(ds, kt), rows).to(dq.dtype)
+        dq[tile.rows] += _ungroup(torch.matmul(ds, kt), rows).to(dq.dtype)
         for grad, left, right in ((dk, ds, qt), (dv, p, dot)):
             update = torch.matmul(left.transpose(1, 2), right)  # [Hkv, K, D]
             if isinstance(tile.keys, slice):
@@ -240,11 +241,12 @@ def compressed_forward(q, k_cmp, v_cmp, cu_seqlens, max_seqlen, geometry: Geomet
 
 
 def compressed_backward(
-    do, q, k_cmp, v_cmp, o, lse, cu_seqlens, max_seqlen, geometry: Geometry, scale: float
-):
+    do, q, k_cmp, v_cmp, lse, delta, cu_seqlens, max_seqlen, geometry: Geometry, scale: float,
+    dq=None,
+):  # fmt: skip
     """Gradients dq, dk_cmp, dv_cmp of compressed_forward; rows no document uses are zero."""
     tiles = compressed_tiles(q, packed_documents(cu_seqlens, geometry), geometry)
-    return attention_backward(do, q, k_cmp, v_cmp, o, lse, tiles, scale)
+    return attention_backward(do, q, k_cmp, v_cmp, lse, delta, tiles, scale, dq)
 
 
 def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen, geometry: Geometry, scale: float):
@@ -301,11 +303,11 @@ def selected_forward(q, k, v, indices, cu_seqlens, max_seqlen, geometry: Geometr
 
 
 def selected_backward(
-    do, q, k, v, o, lse, indices, cu_seqlens, max_seqlen, geometry: Geometry, scale: float
+    do, q, k, v, lse, delta, indices, cu_seqlens, max_seqlen, geometry: Geometry, scale: float
 ):
     """Gradients dq, dk, dv of selected_forward; none flows through the indices."""
     tiles = selected_tiles(q, indices, packed_documents(cu_seqlens, None), geometry)
-    return attention_backward(do, q, k, v, o, lse, tiles, scale)
+    return attention_backward(do, q, k, v, lse, delta, tiles, scale)
 
 
 def window_forward(q, k, v, cu_seqlens, max_seqlen, window: int, scale: float):
@@ -317,16 +319,36 @@ def window_forward(q, k, v, cu_seqlens, max_seqlen, window: int, scale: float):
     return attention_forward(q, k, v, tiles, scale)
 
 
-def window_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, window: int, scale: float):
+def window_backward(
+    do, q, k, v, lse, delta, cu_seqlens, max_seqlen, window: int, scale: float, dq=None
+):
     """Gradients dq, dk, dv of window_forward."""
     tiles = window_tiles(q, packed_documents(cu_seqlens, None), window)
-    return attention_backward(do, q, k, v, o, lse, tiles, scale)
+    return attention_backward(do, q, k, v, lse, delta, tiles, scale, dq)
 
 
 def merge_branches(gates, o_cmp, o_sel, o_win):
     """sum_c g^c * o^c (Eq. 5): gates [T, H, 3], branch outputs [T, H, Dv]."""
     g = gates.unsqueeze(-1).unbind(2)
     return (g[0] * o_cmp + g[1] * o_sel + g[2] * o_win).to(o_cmp.dtype)
+
+
+def gate_backward(dout, gates, outs, lses):
+    """What the three branches' backwards start from; see kernels/nsa/gates.py.
+
+    dout [T, H, Dv], gates [T, H, 3], not negative, outs and lses the branches' o and lse. Returns
+    dgates [T, H, 3], the gated lse [3, T, H] and delta [3, T, H].
+    """
+    delta = torch.stack([row_delta(dout, o) for o in outs])
+    gates_first = _arithmetic(gates).movedim(2, 0)
+    lse = torch.stack(lses) - gates_first.log()
+    lse = lse.masked_fill(gates_first == 0, float("inf"))
+    return delta.movedim(0, 2).to(gates.dtype), lse, delta
+
+
+def row_delta(do, o):
+    """sum(dO * O) over Dv: [T, H]."""
+    return (_arithmetic(do) * _arithmetic(o)).sum(-1)
 
 
 def nsa_cached(

@@ -21,42 +21,32 @@ from kernels.nsa.union import block_unions
 
 
 def selected_backward(
-    do, q, k, v, o, lse, indices, cu_seqlens, max_seqlen, geometry: Geometry, scale: float
+    do, q, k, v, lse, delta, indices, cu_seqlens, max_seqlen, geometry: Geometry, scale: float
 ):
     """Gradients dq, dk, dv of selected_forward in the inputs' dtypes; none reaches the indices.
 
-    do, o [T, H, Dv] and lse fp32 [T, H] belong to the forward with the same indices [Hkv, T, n].
+    do [T, H, Dv], lse and delta = sum(dO * O), both fp32 [T, H], belong to the forward with the
+    same indices [Hkv, T, n].
     """
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if not q.numel():
         return dq, dk, dv
     shape = Shape(q, k, v, geometry)
-    delta = torch.empty_like(lse)
     lists = block_lists(indices, cu_seqlens, geometry.select_block)
     grads = (do, q, k, v, lse, delta, dq, dk, dv)
     if shape.group <= KEY_MAJOR_GROUP and shape.partial_bytes(q.shape[2]) <= WORKSPACE:
-        _delta(do, o, delta, shape)
         _key_gradients(*grads, lists, indices, cu_seqlens, shape, scale, with_dq=True)
     else:
-        _query_gradient(*grads, o, indices, cu_seqlens, shape, scale)
+        _query_gradient(*grads, indices, cu_seqlens, shape, scale)
         _key_gradients(*grads, lists, indices, cu_seqlens, shape, scale, with_dq=False)
     return dq, dk, dv
 
 
-def _delta(do, o, delta, shape: Shape):
-    rows = 64
-    _delta_kernel[(triton.cdiv(delta.numel(), rows),)](
-        do, o, delta, delta.numel(), DV=o.shape[2], DV_PAD=shape.value_pad, ROWS=rows, num_warps=4
-    )
-
-
-def _query_gradient(
-    do, q, k, v, lse, delta, dq, dk, dv, o, indices, cu_seqlens, shape: Shape, scale
-):
+def _query_gradient(do, q, k, v, lse, delta, dq, dk, dv, indices, cu_seqlens, shape: Shape, scale):
     union = block_unions(indices, cu_seqlens, shape.block, shape.group)
     wide = shape.keys > 64 or shape.dim_pad > 128
     _query_gradient_kernel[(union.tiles.shape[0], shape.kv_heads)](
-        do, q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), o, lse,
+        do, q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), lse,
         delta, dq, union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, scale,
         scale / LN2, **shape.constants,
         num_warps=8 if wide else 4,
@@ -104,29 +94,15 @@ def _key_gradients(
 
 
 @triton.jit
-def _delta_kernel(
-    do, o, delta, num_rows, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr
-):
-    """delta = sum over Dv of dO * O, one value per (token, head)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    dv = tl.arange(0, DV_PAD)
-    mask = (row < num_rows)[:, None] & (dv < DV)[None, :]
-    offset = row[:, None] * DV + dv[None, :]
-    do_tile = tl.load(do + offset, mask=mask, other=0.0).to(tl.float32)
-    o_tile = tl.load(o + offset, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta + row, tl.sum(do_tile * o_tile, 1), mask=row < num_rows)
-
-
-@triton.jit
 def _query_gradient_kernel(
-    do, q, k_desc, v_desc, o, lse, delta, dq, tiles, key_rows, members, counts, cu_seqlens, scale,
+    do, q, k_desc, v_desc, lse, delta, dq, tiles, key_rows, members, counts, cu_seqlens, scale,
     scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
     INT64: tl.constexpr,
 ):  # fmt: skip
-    """dQ of one tile of queries over the union of its blocks, and delta for the key gradients."""
+    """dQ of one tile of queries over the union of its blocks."""
     tile = tl.program_id(0)
     head = tl.program_id(1)
     document = tl.load(tiles + 2 * tile)
@@ -143,9 +119,7 @@ def _query_gradient_kernel(
     o_mask = valid[:, None] & (dv < DV)[None, :]
     q_tile = tl.load(q + q_row[:, None] * DK + dk[None, :], mask=q_mask, other=0.0)
     do_tile = tl.load(do + q_row[:, None] * DV + dv[None, :], mask=o_mask, other=0.0)
-    o_tile = tl.load(o + q_row[:, None] * DV + dv[None, :], mask=o_mask, other=0.0)
-    row_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1)
-    tl.store(delta + q_row, row_delta, mask=valid)
+    row_delta = tl.load(delta + q_row, mask=valid, other=0.0)
     lse_log2 = tl.load(lse + q_row, mask=valid, other=0.0) * 1.4426950408889634
 
     list_id = head * tl.num_programs(0) + tile

@@ -16,10 +16,15 @@ def window_forward(q, k, v, cu_seqlens, max_seqlen: int, window: int, scale: flo
     return flash_forward(q, k, v, cu_seqlens, keys, scale)
 
 
-def window_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen: int, window: int, scale: float):
-    """Gradients dq, dk, dv of window_forward."""
+def window_backward(
+    do, q, k, v, lse, delta, cu_seqlens, max_seqlen: int, window: int, scale: float, dq=None
+):
+    """Gradients dq, dk, dv of window_forward.
+
+    delta [T, H] fp32 = sum(dO * O). A dq that is given is added to in place.
+    """
     keys = _keys(cu_seqlens, max_seqlen, window)
-    return flash_backward(do, q, k, v, o, lse, cu_seqlens, max_seqlen, keys, scale)
+    return flash_backward(do, q, k, v, lse, delta, cu_seqlens, max_seqlen, keys, scale, dq)
 
 
 def _keys(cu_seqlens, max_seqlen: int, window: int) -> Keys:

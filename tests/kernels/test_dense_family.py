@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kernels.nsa import compressed, flash, reference, selection, window
 from kernels.nsa.flash import Tile, Tiles
+from kernels.nsa.gates import row_delta
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.tiles import compressed_offsets, max_tiles, tile_map
 from tests.kernels import oracle
@@ -57,7 +58,7 @@ def check(forward, backward, q, k, v, args, oracle_args):
     torch.testing.assert_close(lse[~blind].double(), norm[~blind].detach(), rtol=1e-4, atol=1e-4)
 
     do = torch.randn_like(o)
-    grads = backward(do, q, k, v, o, lse, *args)
+    grads = backward(do, q, k, v, lse, row_delta(do, o), *args)
     expected = torch.autograd.grad(want, exact, do.double())
     for x, got, grad in zip((q, k, v), grads, expected, strict=True):
         assert got.dtype == x.dtype and got.shape == x.shape
@@ -285,8 +286,12 @@ def test_two_runs_are_bitwise_equal():
             *cmp,
             *win,
             selection.select_blocks(q, kc, cmp[1], *docs, geometry, scale),
-            *compressed.compressed_backward(do, q, kc, vc, *cmp, *docs, geometry, scale),
-            *window.window_backward(do, q, k, v, *win, *docs, 512, scale),
+            *compressed.compressed_backward(
+                do, q, kc, vc, cmp[1], row_delta(do, cmp[0]), *docs, geometry, scale
+            ),
+            *window.window_backward(
+                do, q, k, v, win[1], row_delta(do, win[0]), *docs, 512, scale
+            ),
         )
 
     for first, second in zip(run(), run(), strict=True):

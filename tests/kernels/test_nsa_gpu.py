@@ -37,10 +37,11 @@ def twin(tensors, cu_seqlens, max_seqlen, geometry, indices, dout):
         reference.window_forward(q, kw, vw, *docs, geometry.window, scale),
     ]
     do = [g.unsqueeze(-1) * dout.double() for g in gates.unbind(2)]
+    stats = [(lse, reference.row_delta(d, o)) for d, (o, lse) in zip(do, outs, strict=True)]
     grads = [
-        reference.compressed_backward(do[0], q, kc, vc, *outs[0], *docs, geometry, scale),
-        reference.selected_backward(do[1], q, ks, vs, *outs[1], indices, *docs, geometry, scale),
-        reference.window_backward(do[2], q, kw, vw, *outs[2], *docs, geometry.window, scale),
+        reference.compressed_backward(do[0], q, kc, vc, *stats[0], *docs, geometry, scale),
+        reference.selected_backward(do[1], q, ks, vs, *stats[1], indices, *docs, geometry, scale),
+        reference.window_backward(do[2], q, kw, vw, *stats[2], *docs, geometry.window, scale),
     ]
     dq = sum(g[0] for g in grads)
     dgates = torch.stack([(dout.double() * o).sum(-1) for o, _ in outs], -1)

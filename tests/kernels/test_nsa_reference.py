@@ -38,7 +38,8 @@ def make_inputs(geometry, lengths, kv_heads, group, seed, dims=(5, 4), dtype=tor
     for count in (rows, tokens, tokens):
         shapes += [(count, kv_heads, dims[0]), (count, kv_heads, dims[1])]
     tensors = [torch.randn(s, dtype=dtype) for s in shapes]
-    tensors.append(torch.rand(tokens, heads, 3, dtype=dtype))
+    gates = torch.rand(tokens, heads, 3, dtype=dtype)
+    tensors.append(gates * (torch.rand_like(gates) > 0.2))  # some are closed
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
     return [x.requires_grad_() for x in tensors], cu_seqlens
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kernels.nsa import csr, reference, selected, selected_backward
 from kernels.nsa.csr import block_lists, work_items
+from kernels.nsa.gates import row_delta
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.union import block_unions
 
@@ -85,14 +86,15 @@ def check(inputs, definition=True):
     exact = [x.double().requires_grad_() for x in (q, k, v)]
     o, lse = selected.selected_forward(q, k, v, *args)
     do = torch.randn_like(o)
-    grads = selected_backward.selected_backward(do, q, k, v, o, lse, *args)
+    grads = selected_backward.selected_backward(do, q, k, v, lse, row_delta(do, o), *args)
     if definition:
         want, want_lse = oracle(*exact, indices, cu_seqlens, geometry.select_block, scale)
         want_grads = torch.autograd.grad(want, exact, do.double())
     else:
         exact = [x.detach() for x in exact]
         want, want_lse = reference.selected_forward(*exact, *args)
-        want_grads = reference.selected_backward(do.double(), *exact, want, want_lse, *args)
+        delta = reference.row_delta(do.double(), want)
+        want_grads = reference.selected_backward(do.double(), *exact, want_lse, delta, *args)
     forward_tolerance, tolerance = TOLERANCE[q.dtype]
     assert o.dtype == q.dtype and lse.dtype == torch.float32
     assert relative_error(o, want.detach()) < forward_tolerance
@@ -147,7 +149,9 @@ def test_a_query_without_blocks_is_zero():
     args = (indices, *rest, 0.25)
     o, lse = selected.selected_forward(q, k, v, *args)
     assert not o[11].any() and lse[11].isneginf().all() and lse[:11].isfinite().all()
-    dq, dk, dv = selected_backward.selected_backward(torch.randn_like(o), q, k, v, o, lse, *args)
+    do = torch.randn_like(o)
+    delta = row_delta(do, o)
+    dq, dk, dv = selected_backward.selected_backward(do, q, k, v, lse, delta, *args)
     assert not dq[11].any()
     assert all(x.isfinite().all() for x in (dq, dk, dv))
 
@@ -167,7 +171,7 @@ def test_blocks_of_the_future_are_ignored():
 def test_no_tokens():
     inputs = make_inputs([0, 0], 1, 4, (16, 16), 3, 8, torch.float32, 0)
     o, lse = selected.selected_forward(*inputs, 0.25)
-    grads = selected_backward.selected_backward(o, *inputs[:3], o, lse, *inputs[3:], 0.25)
+    grads = selected_backward.selected_backward(o, *inputs[:3], lse, lse, *inputs[3:], 0.25)
     assert [len(x) for x in (o, lse, *grads)] == [0] * 5
 
 
