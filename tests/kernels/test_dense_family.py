@@ -153,6 +153,15 @@ def test_tiles_cover_every_document_and_never_cross_one(lengths, rows_per_tile):
     assert tile_map(cu, room, rows_per_tile).tolist() == want + [[-1, 0]] * spare
 
 
+def test_work_lists_live_as_long_as_their_documents_stay_the_same():
+    cu = torch.tensor([0, 5, 9], dtype=torch.int32, device=DEVICE)
+    first = tile_map(cu, 9, 4)
+    assert tile_map(cu, 9, 4) is first and tile_map(cu, 9, 2) is not first
+    assert tile_map(cu.clone(), 9, 4) is not first
+    cu[1] = 2
+    assert tile_map(cu, 9, 4)[:3].tolist() == [[0, 0], [1, 0], [1, 4]]
+
+
 @pytest.mark.parametrize("lengths", [[5], [0, 31, 32, 0, 47, 48, 500], [40] * 300])
 def test_offsets_equal_the_geometry(lengths):
     cu = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
