@@ -298,9 +298,7 @@ def test_two_runs_are_bitwise_equal():
             *compressed.compressed_backward(
                 do, q, kc, vc, cmp[1], row_delta(do, cmp[0]), *docs, geometry, scale
             ),
-            *window.window_backward(
-                do, q, k, v, win[1], row_delta(do, win[0]), *docs, 512, scale
-            ),
+            *window.window_backward(do, q, k, v, win[1], row_delta(do, win[0]), *docs, 512, scale),
         )
 
     for first, second in zip(run(), run(), strict=True):
