@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 IGNORED = -100  # target of a position that is not scored
-# Logits held at a time: 128 MB in fp32 keep a GPU busy, 16 MB stay near a CPU's cache.
-CHUNK_LOGITS = {"cuda": 1 << 25, "cpu": 1 << 22}
+# Logits held at a time: 256 MB in bf16 keep a GPU busy, 16 MB in fp32 stay near a CPU's cache.
+CHUNK_LOGITS = {"cuda": 1 << 27, "cpu": 1 << 22}
 
 
 class Loss(NamedTuple):
@@ -38,26 +38,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         step = max(CHUNK_LOGITS.get(hidden.device.type, 1 << 22) // vocab, 1)
         for start in range(0, rows, step):
             h, target = hidden[start : start + step], targets[start : start + step]
-            logits = (h @ weight.T).to(wide)
-            if softcap:
-                squashed = torch.tanh(logits.div_(softcap))
-                logits = squashed * softcap
-            scored = target != IGNORED
-            target = target.clamp(min=0)[:, None]
-            lse = logits.logsumexp(1)
-            nll_sum += ((lse - logits.gather(1, target)[:, 0]) * scored).sum()
-            z_sum += (lse.square() * scored).sum()
-            if not need_grad:
-                continue
-            grad = logits.sub_(lse[:, None]).exp_()  # softmax
-            grad.mul_((1 + 2 * z_loss * lse)[:, None])
-            grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
-            grad.mul_((scored.to(wide) / rows)[:, None])
-            if softcap:
-                grad.mul_(1 - squashed.square_())
-            grad = grad.to(hidden.dtype)
-            dhidden[start : start + step] = grad @ weight
-            dweight += grad.T @ h
+            logits = h @ weight.T
+            nll, z, grad = _backend(logits)(logits, target, rows, z_loss, softcap, need_grad)
+            nll_sum += nll.sum()
+            z_sum += z.sum()
+            if need_grad:
+                dhidden[start : start + step] = grad @ weight
+                dweight += grad.T @ h
         ctx.save_for_backward(dhidden, dweight if dweight is None else dweight.to(weight.dtype))
         objective = (nll_sum + z_loss * z_sum) / rows
         ctx.mark_non_differentiable(nll_sum, z_sum)
@@ -67,6 +54,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad, *_):
         dhidden, dweight = ctx.saved_tensors
         return dhidden * grad.to(dhidden.dtype), dweight * grad.to(dweight.dtype), None, None, None
+
+
+def _backend(logits: Tensor):
+    """The function that turns logits [R, vocab] into nll [R], z [R] and d objective / d logits."""
+    if not logits.is_cuda:
+        return _cross_entropy
+    from kernels.cross_entropy import cross_entropy_  # needs a working Triton
+
+    return lambda *args: (*cross_entropy_(*args[:-1], IGNORED), logits)
+
+
+def _cross_entropy(logits, targets, rows: int, z_loss: float, softcap: float, need_grad: bool):
+    """What kernels/cross_entropy.py does, in plain torch; fp32 inside."""
+    dtype = logits.dtype
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    if softcap:
+        squashed = torch.tanh(logits.div_(softcap))
+        logits = squashed * softcap
+    scored = targets != IGNORED
+    target = targets.clamp(min=0)[:, None]
+    lse = logits.logsumexp(1)
+    nll = (lse - logits.gather(1, target)[:, 0]) * scored
+    z = lse.square() * scored
+    if not need_grad:
+        return nll, z, None
+    grad = logits.sub_(lse[:, None]).exp_()  # softmax
+    grad.mul_((1 + 2 * z_loss * lse)[:, None])
+    grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
+    grad.mul_((scored.to(grad.dtype) / rows)[:, None])
+    if softcap:
+        grad.mul_(1 - squashed.square_())
+    return nll, z, grad.to(dtype)
 
 
 def linear_cross_entropy(
