@@ -71,12 +71,13 @@ def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen: int, geometry: Geometry
             DK=dim, DKP=padded(dim), BN=keys, **shape,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        width = max(triton.next_power_of_2(blocks), 16)
+        width = triton.next_power_of_2(blocks)
         together = min(max(TOP_WIDTH // width, 1), queries)
+        top_warps = 1 if width <= TOP_WIDTH else 4
         _top_blocks[((end - begin) * queries // together, kv_heads)](
             scores, indices, tiles[begin:], cu_seqlens, tokens, blocks,
             N=n, INITIAL=geometry.num_initial, LOCAL=geometry.num_local, WIDTH=width,
-            ROWS=together, **shape, num_warps=1 if width <= TOP_WIDTH else 4,
+            ROWS=together, GROUPS=min(128 * top_warps, width), **shape, num_warps=top_warps,
         )  # fmt: skip
     return indices
 
@@ -102,7 +103,7 @@ def _chunks(num_tiles: int, queries: int, max_seqlen: int, geometry: Geometry, r
         reach = min(max_seqlen, max(2 * begin * queries, FIRST_CHUNK))
         end = num_tiles if reach == max_seqlen else max(reach // queries, begin + 1)
         end = min(end, num_tiles)
-        blocks = triton.cdiv(reach, geometry.select_block)
+        blocks = triton.cdiv(triton.cdiv(reach, geometry.select_block), 16) * 16
         fit = max(PLANE_BYTES // (row_bytes * blocks * queries), 1)
         size = triton.cdiv(end - begin, triton.cdiv(end - begin, fit))
         for part in range(begin, end, size):
@@ -211,7 +212,7 @@ def _top_blocks(
     scores, indices, tiles, cu_queries, num_tokens, blocks,
     N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr,
     L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PLANES: tl.constexpr,
-    BQ: tl.constexpr, ROWS: tl.constexpr,
+    BQ: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The chosen blocks of ROWS neighbouring queries for one KV head."""
     out_row = tl.program_id(0) * ROWS
@@ -228,37 +229,56 @@ def _top_blocks(
 
     i = tl.arange(0, ROWS)
     t = first + i
-    own = (t // SELECT)[:, None]
-    written = tl.cdiv(num_complete(t, STRIDE, L - 1), SELECT // STRIDE)[:, None]
+    own = tl.where(t < length, t // SELECT, -1)[:, None]  # past the end nothing is there to choose
     j = tl.arange(0, WIDTH)[None, :]
     num_rows = tl.num_programs(0) * ROWS
     row = h.to(tl.int64) * num_rows + out_row + i
     at = scores + row[:, None] * blocks + j
     plane = tl.num_programs(1).to(tl.int64) * num_rows * blocks
-    # What was never written is loaded too, up to a multiple of 16, to keep the loads wide.
-    limit = tl.minimum(tl.cdiv(tl.max(written) + PLANES - 1, 16) * 16, blocks)
-    importance = tl.zeros([ROWS, WIDTH], tl.float32)
-    for s in tl.static_range(PLANES):
+    # What was never written is loaded too, up to a multiple of 16, to keep the loads wide. Of the
+    # blocks that compete all are written once LOCAL blocks hold the longest compressed block.
+    limit = tl.minimum((tl.max(t) // SELECT - LOCAL + 16) // 16 * 16, blocks)
+    written = tl.cdiv(num_complete(t, STRIDE, L - 1), SELECT // STRIDE)[:, None]
+    importance = tl.load(at, mask=j < limit, other=0.0)
+    if L > LOCAL * SELECT:
+        importance = tl.where(j < written, importance, 0.0)
+    for s in tl.static_range(1, PLANES):
         score = tl.load(at + s * plane, mask=j < limit, other=0.0)
-        importance += tl.where((j >= s) & (j - s < written), score, 0.0)
+        if s > INITIAL:
+            score = tl.where(j >= s, score, 0.0)
+        if L > LOCAL * SELECT:
+            score = tl.where(j - s < written, score, 0.0)
+        importance += score
+    # Non-negative floats order like the integers with the same bits, which reduce in one step.
+    FORCED: tl.constexpr = 0x7FFFFFFF
+    key = tl.where(j <= own, FORCED, -1)
+    key = tl.where((j >= INITIAL) & (j <= own - LOCAL), importance.to(tl.int32, bitcast=True), key)
 
-    # Forced blocks take the first slots; the others compete. Non-negative floats order like the
-    # integers with the same bits, and integers reduce in one instruction.
-    free = (j >= INITIAL) & (j <= own - LOCAL)
-    key = tl.where(free, importance.to(tl.int32, bitcast=True), -1)
-    SLOTS: tl.constexpr = triton.next_power_of_2(N)
-    NOTHING: tl.constexpr = 0x7FFFFFFF
-    slot = tl.arange(0, SLOTS)[None, :]
-    chosen = tl.where((slot < INITIAL) & (slot <= own), slot, NOTHING)
-    local = own - (slot - INITIAL)
-    is_local = (slot >= INITIAL) & (slot < INITIAL + LOCAL) & (local >= INITIAL)
-    chosen = tl.where(is_local, local, chosen)
-    for s in range(INITIAL + LOCAL, N):
-        best = tl.max(key, 1)[:, None]
-        block = tl.min(tl.where(key == best, j, NOTHING), 1)[:, None]
-        chosen = tl.where((slot == s) & (best >= 0), block, chosen)
-        key = tl.where(j == block, -1, key)
-    chosen = tl.sort(chosen)
-    at = (h.to(tl.int64) * num_tokens + token0 + t)[:, None] * N + slot
-    chosen = tl.where(chosen == NOTHING, -1, chosen)
-    tl.store(indices + at, chosen, mask=(slot < N) & (t < length)[:, None])
+    # least: the lowest key to choose. It is at least as high as the best groups' lowest maximum,
+    # and seldom higher: from there it is raised until no more than N blocks reach it.
+    least = tl.full([ROWS, 1], FORCED, tl.int32)
+    group_max = tl.max(key.reshape(ROWS, WIDTH // GROUPS, GROUPS), 1)
+    for _ in tl.static_range(N - INITIAL - LOCAL):
+        least = tl.max(tl.where(group_max < least, group_max, -1), 1)[:, None]
+    least = tl.maximum(least, 0)
+    found = tl.sum((key >= least).to(tl.int32), 1)[:, None]
+    rising = tl.max(found) > N
+    for _ in range(N, tl.max(found)):
+        if rising:
+            higher = tl.min(tl.where(key > least, key, FORCED), 1)[:, None]
+            reach = tl.sum((key >= higher).to(tl.int32), 1)[:, None]
+            rising = tl.max(tl.where(reach >= N, reach, 0)) > N
+            least = tl.where(reach >= N, higher, least)
+            found = tl.where(reach >= N, reach, found)
+    # Of equal ones the first are chosen.
+    if tl.max(found) > N:
+        rank = tl.cumsum((key == least).to(tl.int32), 1)
+        count = tl.max(rank, 1)[:, None]
+        key = tl.where((key == least) & (rank > count - (found - N)), -1, key)
+
+    at = (h.to(tl.int64) * num_tokens + token0 + t)[:, None] * N
+    inside = (t < length)[:, None]
+    chosen = key >= least
+    tl.store(indices + at + tl.cumsum(chosen.to(tl.int32), 1) - 1, j, mask=chosen & inside)
+    slot = tl.arange(0, triton.next_power_of_2(N))[None, :]
+    tl.store(indices + at + slot, -1, mask=(slot >= found) & (slot < N) & inside)
