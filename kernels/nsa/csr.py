@@ -10,13 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.nsa.tiles import tile_map
+from kernels.nsa.tiles import first_tiles, tile_map
 
 # Pairs sorted at once. Larger sorts cost more per pair, smaller ones need more histograms.
 _SORT = 1024
 # Parts of the sequence that count and scatter independently; each owns one histogram over all
 # blocks, so a fixed number keeps the memory linear in T.
 _PARTS = 256
+_COLUMNS = 16  # blocks whose parts one program sums
 
 
 class BlockLists(NamedTuple):
@@ -25,36 +26,40 @@ class BlockLists(NamedTuple):
     blocks: int32 [NB, 2], see tiles.tile_map. pairs: int32 [Hkv, T*n], the pair t*n + slot, where
     token t chose the block in column `slot` of its indices. starts: int32 [Hkv, NB + 1]: the list
     of block b of a head is pairs[head, starts[head, b] : starts[head, b + 1]], ascending.
+
+    Lists are cut into work items of at most `item_pairs` pairs, so that no program has a hot list
+    alone. item_lists: int32 [W], the list head*NB + block of each item, Hkv*NB for unused items.
+    item_ends: int32 [Hkv*NB], items up to and including each list's; every list has at least one.
+    split_ends: int32 [Hkv*NB], the same count over lists of two or more items: an item of a split
+    list puts its partial sum into a row of its own, of which there are at most `split_items`.
     """
 
     blocks: torch.Tensor
     pairs: torch.Tensor
     starts: torch.Tensor
-
-
-class WorkItems(NamedTuple):
-    """Lists cut into items of at most `length` pairs, so that no program has a hot list alone.
-
-    lists: int32 [W], the list head*NB + block of each item, Hkv*NB for unused items. ends: int32
-    [Hkv*NB], items up to and including each list's; every list has at least one.
-    split_ends: int32 [Hkv*NB], the same count over lists of two or more items: an item of a split
-    list puts its partial sum into a row of its own, of which there are at most `split_items`.
-    """
-
-    lists: torch.Tensor
-    ends: torch.Tensor
+    item_lists: torch.Tensor
+    item_ends: torch.Tensor
     split_ends: torch.Tensor
-    length: int
+    item_pairs: int
     split_items: int
 
 
-def block_lists(indices: torch.Tensor, cu_seqlens: torch.Tensor, block: int) -> BlockLists:
-    """CSR of indices int32 [Hkv, T, n] (document-relative blocks of `block` tokens, -1 = none)."""
+def block_lists(
+    indices: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    block: int,
+    item_pairs: int,
+    choice: torch.Tensor | None = None,
+) -> BlockLists:
+    """CSR of indices int32 [Hkv, T, n] (document-relative blocks of `block` tokens, -1 = none).
+
+    With a choice, int32 [Hkv], the lists of the KV heads where it is 0 are empty.
+    Few launches: at the head of a backward the GPU waits for them.
+    """
     kv_heads, num_tokens, num_selected = indices.shape
     blocks = tile_map(cu_seqlens, num_tokens, block)
     num_blocks = blocks.shape[0]
-    per_document = (cu_seqlens.diff() + block - 1) // block
-    first_block = per_document.cumsum(0, dtype=torch.int32) - per_document
+    first_block = first_tiles(cu_seqlens, block)
     slots = triton.next_power_of_2(num_selected)
     queries = max(_SORT // slots, 1)
     tiles = tile_map(cu_seqlens, num_tokens, queries)
@@ -62,29 +67,29 @@ def block_lists(indices: torch.Tensor, cu_seqlens: torch.Tensor, block: int) -> 
     parts = triton.cdiv(tiles.shape[0], part_tiles)
 
     counts = indices.new_zeros(kv_heads, parts, num_blocks)
+    starts = indices.new_empty(kv_heads, num_blocks + 1)
     pairs = indices.new_empty(kv_heads, num_tokens * num_selected)
+    item_ends, split_ends = indices.new_empty(2, kv_heads * num_blocks)
+    item_lists = indices.new_empty(kv_heads * num_blocks + pairs.numel() // item_pairs)
     sizes = dict(NUM_SELECTED=num_selected, BLOCK=block, QUERIES=queries, SLOTS=slots)
-    args = (indices, cu_seqlens, first_block, tiles, tiles.shape[0], part_tiles, num_tokens)
+    args = (indices, choice, cu_seqlens, first_block, tiles, len(tiles), part_tiles, num_tokens)
+    chosen = dict(CHOICE=choice is not None)
     grid = (parts, kv_heads)
-    _count_kernel[grid](*args, counts, num_blocks, **sizes, num_warps=4)
-    ends = counts.cumsum(1, dtype=torch.int32)
-    starts = torch.nn.functional.pad(ends[:, -1].cumsum(1, dtype=torch.int32), (1, 0))
-    cursors = ends.sub_(counts).add_(starts[:, None, :-1])
-    _scatter_kernel[grid](*args, cursors, pairs, num_blocks, **sizes, num_warps=4)
-    return BlockLists(blocks, pairs, starts)
-
-
-def work_items(lists: BlockLists, length: int) -> WorkItems:
-    """Cut all lists into items of at most `length` pairs."""
-    sizes = lists.starts.diff().flatten()
-    total = lists.pairs.numel()
-    items = ((sizes + length - 1) // length).clamp_(min=1)
-    ends = items.cumsum(0, dtype=torch.int32)
-    split_ends = torch.where(items > 1, items, 0).cumsum(0, dtype=torch.int32)
-    numbers = torch.arange(sizes.numel() + total // length, dtype=torch.int32, device=sizes.device)
-    of_item = torch.searchsorted(ends, numbers, right=True, out_int32=True)
-    # A list of more than `length` pairs has fewer than 2/length items per pair.
-    return WorkItems(of_item, ends, split_ends, length, max(2 * total // length, 1))
+    _count_kernel[grid](*args, counts, num_blocks, **sizes, **chosen, num_warps=4)
+    _prefix_kernel[(triton.cdiv(num_blocks, _COLUMNS), kv_heads)](
+        counts, starts, parts, num_blocks, PARTS=triton.next_power_of_2(parts),
+        COLUMNS=_COLUMNS, num_warps=4,
+    )  # fmt: skip
+    _starts_kernel[(1,)](
+        starts, item_ends, split_ends, item_lists, kv_heads, num_blocks, item_pairs,
+        item_lists.numel(), CHUNK=1024, num_warps=8,
+    )  # fmt: skip
+    _scatter_kernel[grid](*args, counts, starts, pairs, num_blocks, **sizes, **chosen, num_warps=4)
+    # A list of more than item_pairs pairs has fewer than 2/item_pairs items per pair.
+    split_items = max(2 * pairs.numel() // item_pairs, 1)
+    return BlockLists(
+        blocks, pairs, starts, item_lists, item_ends, split_ends, item_pairs, split_items
+    )
 
 
 @triton.jit
@@ -110,12 +115,17 @@ def _tile_pairs(
 
 @triton.jit
 def _count_kernel(
-    indices, cu_seqlens, first_block, tiles, num_tiles, part_tiles, num_tokens, counts, num_blocks,
+    indices, choice, cu_seqlens, first_block, tiles, num_tiles, part_tiles, num_tokens, counts,
+    num_blocks,
     NUM_SELECTED: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr,
+    CHOICE: tl.constexpr,
 ):  # fmt: skip
     """Histogram of one part; the atomics add integers, so their order does not matter."""
     part = tl.program_id(0)
     head = tl.program_id(1)
+    if CHOICE:
+        if tl.load(choice + head) == 0:
+            return
     counts += (head * tl.num_programs(0) + part).to(tl.int64) * num_blocks
     for tile in range(part * part_tiles, tl.minimum((part + 1) * part_tiles, num_tiles)):
         block, _, valid = _tile_pairs(
@@ -125,19 +135,73 @@ def _count_kernel(
         tl.atomic_add(counts + block, 1, mask=valid, sem="relaxed")
 
 
+@triton.jit(do_not_specialize=["num_parts"])
+def _prefix_kernel(
+    counts, starts, num_parts, num_blocks, PARTS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Counts become the pairs of a block in earlier parts; starts[block + 1] all its pairs."""
+    head = tl.program_id(1)
+    part = tl.arange(0, PARTS)[:, None]
+    block = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    at = counts + ((head * num_parts + part).to(tl.int64) * num_blocks + block[None, :])
+    mask = (part < num_parts) & (block < num_blocks)[None, :]
+    count = tl.load(at, mask=mask, other=0)
+    tl.store(at, tl.cumsum(count, 0) - count, mask=mask)
+    tl.store(
+        starts + head * (num_blocks + 1) + block + 1, tl.sum(count, 0), mask=block < num_blocks
+    )
+
+
+@triton.jit(do_not_specialize=["num_heads", "item_pairs", "num_items"])
+def _starts_kernel(
+    starts, item_ends, split_ends, item_lists, num_heads, num_blocks, item_pairs, num_items,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Sums over all lists by one program: starts from sizes, and the work items."""
+    lane = tl.arange(0, CHUNK)
+    items_before = 0
+    splits_before = 0
+    for head in range(0, num_heads):
+        pairs_before = 0
+        row = starts + head * (num_blocks + 1)
+        tl.store(row, 0)
+        for i in range(0, num_blocks, CHUNK):
+            ok = i + lane < num_blocks
+            list_id = head * num_blocks + i + lane
+            size = tl.load(row + 1 + i + lane, mask=ok, other=0)
+            items = tl.where(ok, tl.maximum(tl.cdiv(size, item_pairs), 1), 0)
+            splits = tl.where(items > 1, items, 0)
+            end = items_before + tl.cumsum(items, 0)
+            tl.store(row + 1 + i + lane, pairs_before + tl.cumsum(size, 0), mask=ok)
+            tl.store(item_ends + list_id, end, mask=ok)
+            tl.store(split_ends + list_id, splits_before + tl.cumsum(splits, 0), mask=ok)
+            for item in range(0, tl.max(items)):
+                tl.store(item_lists + end - items + item, list_id, mask=item < items)
+            pairs_before += tl.sum(size, 0)
+            items_before += tl.sum(items, 0)
+            splits_before += tl.sum(splits, 0)
+    for i in range(items_before, num_items, CHUNK):
+        tl.store(item_lists + i + lane, num_heads * num_blocks, mask=i + lane < num_items)
+
+
 @triton.jit
 def _scatter_kernel(
-    indices, cu_seqlens, first_block, tiles, num_tiles, part_tiles, num_tokens, cursors, pairs,
-    num_blocks,
+    indices, choice, cu_seqlens, first_block, tiles, num_tiles, part_tiles, num_tokens, cursors,
+    starts, pairs, num_blocks,
     NUM_SELECTED: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr,
+    CHOICE: tl.constexpr,
 ):  # fmt: skip
-    """Write one part's pairs to their lists; cursors are where the part's pairs of a block go."""
+    """Write one part's pairs to their lists; cursors are the places in a list that are taken."""
     part = tl.program_id(0)
     head = tl.program_id(1)
+    if CHOICE:
+        if tl.load(choice + head) == 0:
+            return
     SIZE: tl.constexpr = QUERIES * SLOTS
     INVALID: tl.constexpr = 0x7FFFFFFF
     i = tl.arange(0, SIZE)
     cursors += (head * tl.num_programs(0) + part).to(tl.int64) * num_blocks
+    starts += head * (num_blocks + 1)
     pairs += head.to(tl.int64) * num_tokens * NUM_SELECTED
     for tile in range(part * part_tiles, tl.minimum((part + 1) * part_tiles, num_tiles)):
         block, pair, valid = _tile_pairs(
@@ -157,6 +221,7 @@ def _scatter_kernel(
         tl.debug_barrier()
         place = tl.load(cursors + block, mask=valid, other=0) + i
         tl.debug_barrier()
-        tl.store(pairs + place, pair, mask=valid)
+        start = tl.load(starts + block, mask=valid, other=0)
+        tl.store(pairs + start + place, pair, mask=valid)
         tl.store(cursors + block, place + 1, mask=valid & last)
         tl.debug_barrier()

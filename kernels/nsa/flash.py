@@ -82,12 +82,18 @@ HOPPER = Tiles(HopperTile(128, 128, 2), HopperTile(128, 64, 3), HopperTile(64, 1
 HOPPER_WINDOW = HOPPER._replace(forward=HopperTile(128, 64, 3))
 
 
+def on_hopper(q, k) -> bool:
+    """Whether the Gluon kernels can run: on a Hopper GPU, for groups of at most 64 heads."""
+    if not q.is_cuda or q.shape[1] > 64 * k.shape[1]:
+        return False
+    return torch.cuda.get_device_capability(q.device)[0] == 9
+
+
 def _tiles(q, k, v, keys: Keys) -> Tiles:
     dims = q.shape[2], v.shape[2]
     if q.dtype == torch.float32:
         return FLOAT32
-    hopper = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 9
-    if hopper and dims == (128, 128) and q.shape[1] <= 64 * k.shape[1]:
+    if dims == (128, 128) and on_hopper(q, k):
         return HOPPER if keys.window is None else HOPPER_WINDOW
     return PORTABLE[max(padded(max(dims)), 64)]
 

@@ -18,7 +18,7 @@ from kernels.nsa.tiles import tile_map
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
-def _tiles(x: torch.Tensor, *block: int) -> TensorDescriptor:
+def tensor_tiles(x: torch.Tensor, *block: int) -> TensorDescriptor:
     layout = gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[x.dtype])
     return TensorDescriptor.from_tensor(x, list(block), layout)
 
@@ -34,8 +34,9 @@ def forward(q, k, v, o, lse, cu_seqlens, keys, tile, scale: float) -> None:
     queries = tile.rows // shape["GP"]
     work = tile_map(cu_seqlens, q.shape[0], queries)
     forward_kernel[(_programs(q),)](
-        _tiles(q, queries, shape["GP"], q.shape[2]), _tiles(k.flatten(1), tile.keys, k.shape[2]),
-        _tiles(v.flatten(1), tile.keys, v.shape[2]), o, lse,
+        tensor_tiles(q, queries, shape["GP"], q.shape[2]),
+        tensor_tiles(k.flatten(1), tile.keys, k.shape[2]),
+        tensor_tiles(v.flatten(1), tile.keys, v.shape[2]), o, lse,
         work, cu_seqlens, keys.cu_keys, len(work), keys.window or 0, scale,
         **shape, BQ=queries, BN=tile.keys, SLOTS=2, STAGES=tile.stages, num_warps=4,
     )  # fmt: skip
@@ -49,9 +50,10 @@ def backward_dq(
     queries = tile.rows // shape["GP"]
     work = tile_map(cu_seqlens, q.shape[0], queries)
     dq_kernel[(_programs(q),)](
-        _tiles(q, queries, shape["GP"], q.shape[2]), _tiles(k.flatten(1), tile.keys, k.shape[2]),
-        _tiles(v.flatten(1), tile.keys, v.shape[2]),
-        _tiles(do, queries, shape["GP"], do.shape[2]), lse, delta, *stats, dq,
+        tensor_tiles(q, queries, shape["GP"], q.shape[2]),
+        tensor_tiles(k.flatten(1), tile.keys, k.shape[2]),
+        tensor_tiles(v.flatten(1), tile.keys, v.shape[2]),
+        tensor_tiles(do, queries, shape["GP"], do.shape[2]), lse, delta, *stats, dq,
         work, cu_seqlens, keys.cu_keys, len(work), keys.window or 0, scale, stats.shape[2],
         **shape, BQ=queries, BN=tile.keys, SLOTS=1, STAGES=tile.stages, ADD=add, num_warps=4,
     )  # fmt: skip
@@ -64,10 +66,11 @@ def backward_dkv(
     shape = sizes(q, k, v, keys)
     queries = tile.rows // shape["GP"]
     dkv_kernel[(len(work), k.shape[1], num_chunks)](
-        _tiles(q, queries, shape["GP"], q.shape[2]), _tiles(k.flatten(1), tile.keys, k.shape[2]),
-        _tiles(v.flatten(1), tile.keys, v.shape[2]),
-        _tiles(do, queries, shape["GP"], do.shape[2]),
-        *(_tiles(x.view(-1), tile.rows) for x in stats), dk, dv,
+        tensor_tiles(q, queries, shape["GP"], q.shape[2]),
+        tensor_tiles(k.flatten(1), tile.keys, k.shape[2]),
+        tensor_tiles(v.flatten(1), tile.keys, v.shape[2]),
+        tensor_tiles(do, queries, shape["GP"], do.shape[2]),
+        *(tensor_tiles(x.view(-1), tile.rows) for x in stats), dk, dv,
         work, cu_seqlens, keys.cu_keys, keys.window or 0, scale, chunk, stats.shape[2], k.shape[0],
         **shape, BQ=queries, BN=tile.keys, STAGES=tile.stages, num_warps=4,
     )  # fmt: skip

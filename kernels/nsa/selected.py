@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.nsa.csr import BlockLists, block_lists, work_items
+from kernels.nsa.csr import BlockLists, block_lists
+from kernels.nsa.flash import on_hopper
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.tiles import tile_map
 from kernels.nsa.union import Union, block_unions, tile_queries
@@ -43,15 +44,13 @@ def selected_forward(q, k, v, indices, cu_seqlens, max_seqlen, geometry: Geometr
     if not q.numel():
         return o, lse
     shape = Shape(q, k, v, geometry)
-    union = block_unions(indices, cu_seqlens, geometry.select_block, shape.group)
+    union = block_unions(indices, cu_seqlens, shape.block, shape.queries)
     key_major = None
-    if shape.group <= KEY_MAJOR_GROUP and shape.partial_bytes(v.shape[2]) <= WORKSPACE:
-        tokens_of_unions = union.counts.sum(1) * union.queries
-        limit = KEY_MAJOR_UNION * indices.shape[1] * indices.shape[2]
-        key_major = (tokens_of_unions > limit).int()
+    if shape.may_be_key_major(v.shape[2]):
+        key_major = shape.key_major(union)
     _union_forward(q, k, v, o, lse, union, key_major, cu_seqlens, shape, scale)
     if key_major is not None:
-        lists = block_lists(indices, cu_seqlens, geometry.select_block)
+        lists = block_lists(indices, cu_seqlens, shape.block, shape.item_pairs(), key_major)
         _list_forward(q, k, v, o, lse, indices, lists, key_major, cu_seqlens, shape, scale)
     return o, lse
 
@@ -70,6 +69,15 @@ class Shape:
         self.dim_pad = max(triton.next_power_of_2(dim), 16)
         self.value_pad = max(triton.next_power_of_2(value_dim), 16)
         self.element = q.element_size()
+        # What the Gluon kernels of the backward are written for.
+        self.by_hand = (
+            on_hopper(q, k)
+            and self.element == 2
+            and dim == value_dim == 128
+            and self.block == 64
+            and self.group in (4, 8, 16, 32, 64)
+        )
+        self.gathered = self.by_hand and self.group >= 8  # a swizzled tile has 8 rows at least
         self.constants = dict(
             HEADS=self.heads, KV_HEADS=self.kv_heads, GROUP=self.group, DK=dim, DV=value_dim,
             DK_PAD=self.dim_pad, DV_PAD=self.value_pad, NUM_SELECTED=self.num_selected,
@@ -81,6 +89,14 @@ class Shape:
     def partial_bytes(self, dim: int) -> int:
         """Bytes of one KV head's partial rows, one of `dim` for each (token, block, head)."""
         return self.tokens * self.num_selected * self.group * dim * self.element
+
+    def may_be_key_major(self, dim: int) -> bool:
+        return self.group <= KEY_MAJOR_GROUP and self.partial_bytes(dim) <= WORKSPACE
+
+    def key_major(self, union: Union) -> torch.Tensor:
+        """int32 [Hkv], 1 for the KV heads whose unions are too wide for tiles of queries."""
+        blocks = union.steps.sum(1) * self.queries
+        return (blocks > KEY_MAJOR_UNION * self.tokens * self.num_selected).int()
 
     def heads_at_once(self, dim: int) -> int:
         return min(max(WORKSPACE // self.partial_bytes(dim), 1), self.kv_heads)
@@ -125,13 +141,12 @@ def _list_forward(
     merge_constants = shape.constants | dict(
         QUERIES=merge_queries, ROWS=triton.next_power_of_2(merge_queries * shape.group)
     )
-    items = work_items(lists, shape.item_pairs())
     for head in range(0, shape.kv_heads, heads):
         end = min(head + heads, shape.kv_heads)
-        _list_forward_kernel[(items.lists.numel(),)](
+        _list_forward_kernel[(lists.item_lists.numel(),)](
             q, k_desc, v_desc, partial, partial_lse, lists.blocks, lists.pairs, lists.starts,
-            items.lists, items.ends, cu_seqlens, key_major, head, end, shape.tokens,
-            lists.blocks.shape[0], items.ends.numel(), items.length, scale / LN2,
+            lists.item_lists, lists.item_ends, cu_seqlens, key_major, head, end, shape.tokens,
+            lists.blocks.shape[0], lists.item_ends.numel(), lists.item_pairs, scale / LN2,
             **shape.constants, num_warps=4, num_stages=shape.stages(64, 3),
         )  # fmt: skip
         _merge_kernel[(merge_tiles.shape[0], end - head)](

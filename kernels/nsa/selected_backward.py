@@ -5,6 +5,7 @@ nothing is added atomically and every run gives the same bits. Lists longer than
 as the initial block's, leave fp32 partial sums that a second kernel adds in order.
 dQ is query-major over the unions of the forward when groups are large. With small groups the unions
 are wide, and the key-major kernel has dS at hand: it leaves one partial row of dQ per pair instead.
+Where dQ over unions is fast enough (on Hopper, in Gluon), the width decides, as in the forward.
 
 With P = exp(S - lse):  dV = P^T dO,  dS = P * (dO V^T - sum(dO * O)),  dQ = dS K, dK = dS^T Q.
 """
@@ -13,11 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.nsa.csr import BlockLists, block_lists, work_items
+from kernels.nsa.csr import BlockLists, block_lists
 from kernels.nsa.geometry import Geometry
-from kernels.nsa.selected import KEY_MAJOR_GROUP, LN2, WORKSPACE, Shape, load_rows
+from kernels.nsa.selected import LN2, Shape, load_rows
 from kernels.nsa.tiles import tile_map
 from kernels.nsa.union import block_unions
+
+# Keys of a block whose partial sums one program adds: the initial block has many items.
+JOIN_KEYS = 8
 
 
 def selected_backward(
@@ -32,18 +36,29 @@ def selected_backward(
     if not q.numel():
         return dq, dk, dv
     shape = Shape(q, k, v, geometry)
-    lists = block_lists(indices, cu_seqlens, geometry.select_block)
+    lists = block_lists(indices, cu_seqlens, shape.block, shape.item_pairs())
+    # Which KV heads get dQ from the key-major kernel: all, none, or those of a device's choice.
+    fused = shape.may_be_key_major(q.shape[2])
+    if not fused or shape.by_hand:
+        parts = 2 if shape.by_hand else 1  # of 64 rows, one for each warpgroup
+        union = block_unions(indices, cu_seqlens, shape.block, parts * shape.queries, parts)
+        if fused:
+            fused = shape.key_major(union)
+            union = union._replace(counts=union.counts * (1 - fused[:, None]))  # zeros for now
+        _query_gradient(do, q, k, v, lse, delta, dq, union, cu_seqlens, shape, scale)
     grads = (do, q, k, v, lse, delta, dq, dk, dv)
-    if shape.group <= KEY_MAJOR_GROUP and shape.partial_bytes(q.shape[2]) <= WORKSPACE:
-        _key_gradients(*grads, lists, indices, cu_seqlens, shape, scale, with_dq=True)
-    else:
-        _query_gradient(*grads, indices, cu_seqlens, shape, scale)
-        _key_gradients(*grads, lists, indices, cu_seqlens, shape, scale, with_dq=False)
+    _key_gradients(*grads, lists, indices, cu_seqlens, shape, scale, fused)
     return dq, dk, dv
 
 
-def _query_gradient(do, q, k, v, lse, delta, dq, dk, dv, indices, cu_seqlens, shape: Shape, scale):
-    union = block_unions(indices, cu_seqlens, shape.block, shape.group)
+def _query_gradient(do, q, k, v, lse, delta, dq, union, cu_seqlens, shape: Shape, scale):
+    if shape.by_hand:
+        from kernels.nsa import selected_hopper_query
+
+        selected_hopper_query.query_gradient(
+            do, q, k, v, lse, delta, dq, union, cu_seqlens, shape.constants, scale
+        )
+        return
     wide = shape.keys > 64 or shape.dim_pad > 128
     _query_gradient_kernel[(union.tiles.shape[0], shape.kv_heads)](
         do, q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), lse,
@@ -56,16 +71,37 @@ def _query_gradient(do, q, k, v, lse, delta, dq, dk, dv, indices, cu_seqlens, sh
 
 def _key_gradients(
     do, q, k, v, lse, delta, dq, dk, dv, lists: BlockLists, indices, cu_seqlens, shape: Shape,
-    scale, with_dq: bool,
+    scale, fused: bool | torch.Tensor,
 ):  # fmt: skip
-    """dk and dv, and with `with_dq` also dq, for which the KV heads take turns in one workspace."""
-    items = work_items(lists, shape.item_pairs())
-    dk_split = dk.new_empty(items.split_items, shape.block, dk.shape[2], dtype=torch.float32)
-    dv_split = dv.new_empty(items.split_items, shape.block, dv.shape[2], dtype=torch.float32)
-    num_blocks, num_lists = lists.blocks.shape[0], items.ends.numel()
-    common = (lists.blocks, cu_seqlens, items.ends, items.split_ends, dk_split, dv_split, dk, dv)
+    """dk and dv, and for the KV heads that are `fused` (all, none, int32 [Hkv]) dq as well."""
+    dk_split = dk.new_empty(lists.split_items, shape.block, dk.shape[2], dtype=torch.float32)
+    dv_split = dv.new_empty(lists.split_items, shape.block, dv.shape[2], dtype=torch.float32)
+    num_blocks, num_lists = lists.blocks.shape[0], lists.item_ends.numel()
+    ends = lists.item_ends, lists.split_ends
+    common = (lists.blocks, cu_seqlens, *ends, dk_split, dv_split, dk, dv)
+    inputs = do, q, k, v, lse, delta
+    if shape.gathered and fused is False:
+        from kernels.nsa import selected_hopper_key
+
+        selected_hopper_key.key_gradients(*inputs, lists, common, shape.constants, scale)
+    else:
+        choice = fused if isinstance(fused, torch.Tensor) else None
+        for with_dq in (False, True) if choice is not None else (fused,):
+            _launch_key_gradients(
+                *inputs, dq, lists, common, choice, indices, cu_seqlens, shape, scale, with_dq
+            )
+    _join_kernel[(num_lists, triton.cdiv(shape.block, JOIN_KEYS))](
+        *common, num_blocks, scale, **shape.constants, JOIN_KEYS=JOIN_KEYS, num_warps=4
+    )
+
+
+def _launch_key_gradients(
+    do, q, k, v, lse, delta, dq, lists, common, choice, indices, cu_seqlens, shape, scale, with_dq
+):
+    """With dq, the KV heads take turns in one workspace."""
     k_desc, v_desc = shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad)
     wide = shape.keys > 64 or shape.dim_pad > 128
+    num_blocks, num_lists = lists.blocks.shape[0], lists.item_ends.numel()
     heads, partial = shape.kv_heads, None
     if with_dq:
         heads = shape.heads_at_once(q.shape[2])
@@ -78,19 +114,19 @@ def _key_gradients(
         )
     for head in range(0, shape.kv_heads, heads):
         end = min(head + heads, shape.kv_heads)
-        _key_gradient_kernel[(items.lists.numel(),)](
-            do, q, k_desc, v_desc, lse, delta, partial, lists.pairs, lists.starts, items.lists,
-            *common, head, end, shape.tokens, num_blocks, num_lists, items.length, scale,
-            scale / LN2, **shape.constants, HAS_PARTIAL=with_dq,
+        _key_gradient_kernel[(lists.item_lists.numel(),)](
+            do, q, k_desc, v_desc, lse, delta, partial, lists.pairs, lists.starts,
+            lists.item_lists, *common, choice, head, end, shape.tokens, num_blocks, num_lists,
+            lists.item_pairs, scale, scale / LN2, **shape.constants, HAS_PARTIAL=with_dq,
+            CHOICE=choice is not None, num_warps=8 if wide else 4,
             # The third stage pays only beside small groups' shorter rows.
-            num_warps=8 if wide else 4, num_stages=shape.stages(64, 3 if shape.group <= 4 else 2),
+            num_stages=shape.stages(64, 3 if shape.group <= 4 else 2),
         )  # fmt: skip
         if with_dq:
             _sum_query_gradient_kernel[(sum_tiles.shape[0], end - head)](
-                partial, indices, sum_tiles, cu_seqlens, dq, head, shape.tokens, **sum_constants,
-                num_warps=4,
+                partial, indices, sum_tiles, cu_seqlens, choice, dq, head, shape.tokens,
+                **sum_constants, CHOICE=choice is not None, num_warps=4,
             )  # fmt: skip
-    _join_kernel[(num_lists,)](*common, num_blocks, scale, **shape.constants, num_warps=4)
 
 
 @triton.jit
@@ -192,12 +228,12 @@ def _add_queries(
 @triton.jit
 def _key_gradient_kernel(
     do, q, k_desc, v_desc, lse, delta, partial, pairs, starts, item_lists, blocks, cu_seqlens,
-    item_ends, split_ends, dk_split, dv_split, dk, dv, first_head, end_head, num_tokens,
+    item_ends, split_ends, dk_split, dv_split, dk, dv, choice, first_head, end_head, num_tokens,
     num_blocks, num_lists, item_pairs, scale, scale_log2,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    INT64: tl.constexpr, HAS_PARTIAL: tl.constexpr,
+    INT64: tl.constexpr, HAS_PARTIAL: tl.constexpr, CHOICE: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one key block over one work item; all G heads of a query share a tile."""
     item = tl.program_id(0)
@@ -208,6 +244,9 @@ def _key_gradient_kernel(
     local_head = head - first_head
     if (head < first_head) | (head >= end_head):
         return
+    if CHOICE:
+        if (tl.load(choice + head) != 0) != HAS_PARTIAL:
+            return
     block = list_id % num_blocks
     document = tl.load(blocks + 2 * block)
     if document < 0:
@@ -270,9 +309,9 @@ def _join_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    INT64: tl.constexpr,
+    INT64: tl.constexpr, JOIN_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Add the partial dK and dV of a split list in the order of its items."""
+    """Add the partial dK and dV of JOIN_KEYS keys of a split list in the order of its items."""
     list_id = tl.program_id(0)
     before = tl.load(split_ends + list_id - 1, mask=list_id > 0, other=0)
     end = tl.load(split_ends + list_id)
@@ -282,13 +321,13 @@ def _join_kernel(
     block = list_id % num_blocks
     document = tl.load(blocks + 2 * block)
     first = tl.load(cu_seqlens + document) + tl.load(blocks + 2 * block + 1)
-    key = tl.arange(0, KEYS)
+    key = tl.program_id(1) * JOIN_KEYS + tl.arange(0, JOIN_KEYS)
     dk_col, dv_col = tl.arange(0, DK_PAD), tl.arange(0, DV_PAD)
     in_block = (key < BLOCK) & (first + key < tl.load(cu_seqlens + document + 1))
     dk_mask = in_block[:, None] & (dk_col < DK)[None, :]
     dv_mask = in_block[:, None] & (dv_col < DV)[None, :]
-    dk_acc = tl.zeros([KEYS, DK_PAD], tl.float32)
-    dv_acc = tl.zeros([KEYS, DV_PAD], tl.float32)
+    dk_acc = tl.zeros([JOIN_KEYS, DK_PAD], tl.float32)
+    dv_acc = tl.zeros([JOIN_KEYS, DV_PAD], tl.float32)
     for i in range(before, end):
         row = (i * BLOCK + key).to(tl.int64)
         dk_acc += tl.load(dk_split + row[:, None] * DK + dk_col[None, :], mask=dk_mask, other=0.0)
@@ -302,11 +341,11 @@ def _join_kernel(
 
 @triton.jit
 def _sum_query_gradient_kernel(
-    partial, indices, tiles, cu_seqlens, dq, first_head, num_tokens,
+    partial, indices, tiles, cu_seqlens, choice, dq, first_head, num_tokens,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DK: tl.constexpr,
     DV: tl.constexpr, DK_PAD: tl.constexpr, DV_PAD: tl.constexpr, NUM_SELECTED: tl.constexpr,
     BLOCK: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, ROWS: tl.constexpr,
-    INT64: tl.constexpr,
+    INT64: tl.constexpr, CHOICE: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of queries: the sum of the partial rows that its blocks left."""
     tile = tl.program_id(0)
@@ -315,6 +354,9 @@ def _sum_query_gradient_kernel(
     document = tl.load(tiles + 2 * tile)
     if document < 0:
         return
+    if CHOICE:
+        if tl.load(choice + head) == 0:
+            return
     row = tl.arange(0, ROWS)
     query = row // GROUP
     position = tl.load(tiles + 2 * tile + 1) + query

@@ -65,6 +65,16 @@ def tile_map(cu_rows: torch.Tensor, num_rows: int, rows_per_tile: int) -> torch.
     return _remember(cu_rows, ("tiles", num_rows, rows_per_tile), make)
 
 
+def first_tiles(cu_rows: torch.Tensor, rows_per_tile: int) -> torch.Tensor:
+    """int32 [N]: the number of each document's first tile in tile_map's list."""
+
+    def make():
+        counts = (cu_rows.diff() + rows_per_tile - 1) // rows_per_tile
+        return counts.cumsum(0, dtype=torch.int32) - counts
+
+    return _remember(cu_rows, ("first", rows_per_tile), make)
+
+
 def compressed_offsets(cu_seqlens: torch.Tensor, geometry: Geometry) -> torch.Tensor:
     """geometry.compressed_offsets(cu_seqlens) in one launch, which counts at short lengths."""
 

@@ -24,13 +24,15 @@ class Union(NamedTuple):
 
     tiles: int32 [NT, 2], see tiles.tile_map. key_rows: int32 [Hkv, NT, U], first key row of each
     block, ascending. members: int32 or int64 [Hkv, NT, U], bit i set when query i of the tile chose
-    the block. counts: int32 [Hkv, NT], length of each list, 0 for unused tiles.
+    the block. counts: int32 [Hkv, NT], length of each list, 0 for unused tiles. steps: the same
+    for tiles of `queries // parts`: the sum over a tile's parts of the blocks each of them needs.
     """
 
     tiles: torch.Tensor
     key_rows: torch.Tensor
     members: torch.Tensor
     counts: torch.Tensor
+    steps: torch.Tensor
     queries: int
 
 
@@ -39,23 +41,28 @@ def tile_queries(group: int) -> int:
     return max(TILE_ROWS // group, 1)
 
 
-def block_unions(indices: torch.Tensor, cu_seqlens: torch.Tensor, block: int, group: int) -> Union:
-    """Unions of indices int32 [Hkv, T, n]: document-relative blocks of `block` tokens, -1 none."""
+def block_unions(
+    indices: torch.Tensor, cu_seqlens: torch.Tensor, block: int, queries: int, parts: int = 1
+) -> Union:
+    """Unions of indices int32 [Hkv, T, n]: document-relative blocks of `block` tokens, -1 none.
+
+    A tile holds `queries` queries, at most 64; with 2 parts the steps count its halves.
+    """
     kv_heads, num_tokens, num_selected = indices.shape
-    queries = tile_queries(group)
     tiles = tile_map(cu_seqlens, num_tokens, queries)
     shape = (kv_heads, tiles.shape[0], queries * num_selected)
     key_rows = indices.new_empty(shape)
     members = indices.new_empty(shape, dtype=torch.int64 if queries > 32 else torch.int32)
-    counts = indices.new_empty(shape[:2])
+    counts, steps = indices.new_empty(2, *shape[:2])
     slots = triton.next_power_of_2(num_selected)
     padded = triton.next_power_of_2(queries)
     _union_kernel[shape[1::-1]](
-        indices, cu_seqlens, tiles, key_rows, members, counts, num_tokens,
-        NUM_SELECTED=num_selected, BLOCK=block, QUERIES=queries, PADDED=padded, SLOTS=slots,
+        indices, cu_seqlens, tiles, key_rows, members, counts, steps, num_tokens,
+        NUM_SELECTED=num_selected, BLOCK=block, QUERIES=queries, PARTS=parts,
+        PADDED=padded, SLOTS=slots,
         num_warps=min(max(padded * slots // 128, 1), 8),
     )  # fmt: skip
-    return Union(tiles, key_rows, members, counts, queries)
+    return Union(tiles, key_rows, members, counts, steps, queries)
 
 
 @triton.jit
@@ -66,9 +73,9 @@ def _merge_members(block_a, bits_a, block_b, bits_b):
 
 @triton.jit
 def _union_kernel(
-    indices, cu_seqlens, tiles, key_rows, members, counts, num_tokens,
-    NUM_SELECTED: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, PADDED: tl.constexpr,
-    SLOTS: tl.constexpr,
+    indices, cu_seqlens, tiles, key_rows, members, counts, steps, num_tokens,
+    NUM_SELECTED: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, PARTS: tl.constexpr,
+    PADDED: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Sort the tile's (block, query) pairs; the last of each run of equal blocks holds its mask."""
     tile = tl.program_id(0)
@@ -77,6 +84,7 @@ def _union_kernel(
     document = tl.load(tiles + 2 * tile)
     if document < 0:
         tl.store(counts + list_id, 0)
+        tl.store(steps + list_id, 0)
         return
     SIZE: tl.constexpr = PADDED * SLOTS
     INVALID: tl.constexpr = 0x7FFFFFFF
@@ -102,3 +110,8 @@ def _union_kernel(
     tl.store(key_rows + out, begin + block * BLOCK, mask=last)
     tl.store(members + out, bits, mask=last)
     tl.store(counts + list_id, tl.sum(first.to(tl.int32), 0))
+    needs = last.to(tl.int32)
+    if PARTS == 2:
+        lower = (bits & ((1 << QUERIES // 2) - 1)) != 0
+        needs = tl.where(last, lower.to(tl.int32) + (bits >> QUERIES // 2 != 0).to(tl.int32), 0)
+    tl.store(steps + list_id, tl.sum(needs, 0))

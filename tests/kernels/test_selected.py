@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.nsa import csr, reference, selected, selected_backward
-from kernels.nsa.csr import block_lists, work_items
+from kernels.nsa.csr import block_lists
 from kernels.nsa.gates import row_delta
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.union import block_unions
@@ -128,14 +128,33 @@ def test_equals_the_definition(case, seed, key_major):
 
 def test_heads_take_turns_and_lists_split(monkeypatch):
     monkeypatch.setattr(selected, "WORKSPACE", 61 * 3 * 4 * 16 * 4)  # one of the two KV heads
-    monkeypatch.setattr(selected_backward, "WORKSPACE", selected.WORKSPACE)
     monkeypatch.setattr(selected, "KEY_MAJOR_UNION", 0.0)
     monkeypatch.setattr(selected.Shape, "item_pairs", lambda self: 16)
     inputs = make_inputs([40, 21], 2, 4, (16, 16), 3, 8, torch.float32, 0)
     check(inputs)
-    monkeypatch.setattr(selected_backward, "WORKSPACE", 0)  # the query-major gradient
     monkeypatch.setattr(selected, "WORKSPACE", 0)
     check(inputs)
+
+
+def test_only_the_chosen_heads_get_their_query_gradient_from_the_key_major_kernel():
+    q, k, v, indices, cu, longest, geometry = make_inputs(
+        [30, 9], 2, 4, (16, 16), 3, 8, torch.float32, 0
+    )
+    args = indices, cu, longest, geometry, 0.25
+    o, lse = selected.selected_forward(q, k, v, *args)
+    do = torch.randn_like(o)
+    delta = row_delta(do, o)
+    want = selected_backward.selected_backward(do, q, k, v, lse, delta, *args)
+    shape = selected.Shape(q, k, v, geometry)
+    lists = block_lists(indices, cu, geometry.select_block, shape.item_pairs())
+    dq, dk, dv = (torch.full_like(x, 7.0) for x in (q, k, v))
+    selected_backward._key_gradients(
+        do, q, k, v, lse, delta, dq, dk, dv, lists, indices, cu, shape, 0.25,
+        torch.tensor([0, 1], dtype=torch.int32, device=DEVICE),
+    )  # fmt: skip
+    assert (dq[:, :4] == 7.0).all() and torch.equal(dq[:, 4:], want[0][:, 4:])
+    torch.testing.assert_close(dk, want[1])
+    torch.testing.assert_close(dv, want[2])
 
 
 def test_a_blocks_own_queries_may_fill_several_items(monkeypatch):
@@ -184,9 +203,8 @@ def test_unions_and_lists_hold_exactly_the_chosen_pairs(case, seed):
         patch.setattr(csr, "_PARTS", 2)
         indices = make_indices(lengths, kv_heads, n, block, seed)
         cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
-        union = block_unions(indices, cu_seqlens, block, group)
-        lists = block_lists(indices, cu_seqlens, block)
-        items = work_items(lists, 5)
+        union = block_unions(indices, cu_seqlens, block, max(64 // group, 1))
+        lists = block_lists(indices, cu_seqlens, block, 5)
     starts = cu_seqlens.tolist()
     want = {
         (h, starts[d] + t, starts[d] + b * block)
@@ -216,11 +234,11 @@ def test_unions_and_lists_hold_exactly_the_chosen_pairs(case, seed):
             seen += [(h, p // n, starts[document] + first) for p in pairs]
             sizes.append(len(pairs))
     assert len(seen) == len(want) and set(seen) == want
-    assert items.ends.diff(prepend=items.ends.new_zeros(1)).tolist() == [
+    assert lists.item_ends.diff(prepend=lists.item_ends.new_zeros(1)).tolist() == [
         max(-(-s // 5), 1) for s in sizes
     ]
-    assert int(items.split_ends[-1]) <= items.split_items
-    used = items.lists[: int(items.ends[-1])].tolist()
+    assert int(lists.split_ends[-1]) <= lists.split_items
+    used = lists.item_lists[: int(lists.item_ends[-1])].tolist()
     assert used == sorted(used) and set(used) == set(range(len(sizes)))
 
 
@@ -230,8 +248,16 @@ GRID = [  # heads, KV heads, Dk, Dv, block, n
     (16, 2, 96, 96, 32, 8), (4, 2, 96, 96, 64, 8), (2, 2, 64, 64, 64, 8), (4, 2, 128, 128, 32, 8),
     (6, 2, 64, 64, 64, 4), (12, 2, 64, 64, 64, 8), (8, 1, 128, 128, 64, 8), (12, 1, 64, 64, 64, 8),
     (32, 1, 64, 64, 64, 8), (16, 1, 128, 128, 128, 4), (4, 1, 128, 128, 128, 4),
-    (16, 1, 64, 64, 16, 32), (64, 1, 64, 64, 64, 6),
+    (16, 1, 64, 64, 16, 32), (64, 1, 64, 64, 64, 6), (32, 1, 128, 128, 64, 8),
+    (64, 1, 128, 128, 64, 6),
 ]  # fmt: skip
+
+
+def same_bits_twice(inputs):
+    torch.manual_seed(3)
+    first = check(inputs, definition=False)
+    torch.manual_seed(3)
+    assert all(map(torch.equal, first, check(inputs, definition=False)))
 
 
 @pytest.mark.gpu
@@ -245,7 +271,15 @@ def test_wide_grid_in_bf16_and_the_same_bits_twice(shape, lengths, key_major, mo
     monkeypatch.setattr(selected, "KEY_MAJOR_UNION", 0.0 if key_major else 1e9)
     group = heads // kv_heads
     inputs = make_inputs(lengths, kv_heads, group, (dk, dv), n, block, torch.bfloat16, 2)
-    torch.manual_seed(3)
-    first = check(inputs, definition=False)
-    torch.manual_seed(3)
-    assert all(map(torch.equal, first, check(inputs, definition=False)))
+    same_bits_twice(inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize("heads, kv_heads", [(64, 4), (16, 4), (16, 2)])
+def test_both_ways_at_dimension_128(heads, kv_heads, portable, dtype, monkeypatch):
+    if portable:
+        monkeypatch.setattr(selected, "on_hopper", lambda *_: False)
+    group = heads // kv_heads
+    same_bits_twice(make_inputs(RAGGED, kv_heads, group, (128, 128), 16, 64, dtype, 4))

@@ -1,0 +1,231 @@
+"""The query-major Gluon kernel for Hopper: dQ of the selected branch.
+
+One program per multiprocessor walks over tiles of queries. A producer warp copies the key blocks of
+a tile's union (union.py). Two warpgroups compute, each for half of the tile's queries: they share
+the copies, whose traffic from L2 is the limit of separate tiles, and each passes over the blocks
+that none of its own queries chose. Barriers and slots: flash_hopper_common.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.nsa.flash_hopper import tensor_tiles
+from kernels.nsa.flash_hopper_common import barriers, copy_tile, store_rows
+from kernels.nsa.flash_triton import LOG2E
+
+STAGES = 4
+
+
+def query_gradient(do, q, k, v, lse, delta, dq, union, cu_seqlens, constants, scale) -> None:
+    """Fill dq."""
+    queries, group, keys, dim = union.queries, constants["GROUP"], constants["KEYS"], q.shape[2]
+    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
+    query_gradient_kernel[(programs,)](
+        tensor_tiles(q, queries, group, dim), tensor_tiles(do, queries, group, dim),
+        tensor_tiles(k.flatten(1), keys, dim), tensor_tiles(v.flatten(1), keys, dim),
+        lse, delta, dq, union.tiles, union.key_rows, union.members, union.counts, cu_seqlens,
+        len(union.tiles), scale,
+        HEADS=constants["HEADS"], KV_HEADS=constants["KV_HEADS"], GROUP=group, D=dim,
+        LIST=union.members.shape[2], KEYS=keys, QUERIES=queries, STAGES=STAGES, num_warps=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _tile(work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS: gl.constexpr, LIST: gl.constexpr):
+    """(KV head, first token, tokens up to the document's end, list, its length) of a piece of work.
+
+    0 tokens: none. The heads of a tile are neighbours, which share nothing but its queries' rows.
+    """
+    tile = work // KV_HEADS
+    head = work % KV_HEADS
+    document = gl.load(tiles + 2 * tile)
+    count = gl.load(counts + head * num_tiles + tile)
+    real = document >= 0
+    document = gl.maximum(document, 0)
+    token = gl.load(cu_seqlens + document) + gl.load(tiles + 2 * tile + 1)
+    left = gl.where(real, gl.load(cu_seqlens + document + 1) - token, 0)
+    list_at = (head * num_tiles + tile).to(gl.int64) * LIST
+    return head, token, left, list_at, gl.where(real, count, 0)
+
+
+@gluon.jit
+def _load(
+    q_desc, do_desc, k_desc, v_desc, q_smem, do_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+    tiles, key_rows, counts, cu_seqlens, num_tiles,
+    KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, LIST: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    done = 0
+    tile_count = 0
+    for work in range(gl.program_id(0), num_tiles * KV_HEADS, gl.num_programs(0)):
+        head, token, left, list_at, count = _tile(
+            work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS, LIST
+        )
+        if count > 0:
+            full = q_bars.index(0)
+            mbarrier.wait(q_bars.index(1), (tile_count & 1) ^ 1)
+            mbarrier.expect(full, q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+            copy_tile(q_desc, [token, head * GROUP, 0], full, q_smem)
+            copy_tile(do_desc, [token, head * GROUP, 0], full, do_smem)
+            tile_count += 1
+            for i in range(0, count):
+                row = gl.load(key_rows + list_at + i)
+                slot = done % STAGES
+                phase = (done // STAGES & 1) ^ 1
+                mbarrier.wait(k_bars.index(STAGES + slot), phase)
+                mbarrier.expect(k_bars.index(slot), k_desc.block_type.nbytes)
+                copy_tile(k_desc, [row, head * D], k_bars.index(slot), k_smem.index(slot))
+                mbarrier.wait(v_bars.index(STAGES + slot), phase)
+                mbarrier.expect(v_bars.index(slot), v_desc.block_type.nbytes)
+                copy_tile(v_desc, [row, head * D], v_bars.index(slot), v_smem.index(slot))
+                done += 1
+
+
+@gluon.jit
+def _whole_blocks(key_rows, count, token, KEYS: gl.constexpr):
+    """How many of a list's blocks lie before `token`: a tile's own blocks are its last two."""
+    last = gl.load(key_rows + count - 1, mask=count > 0, other=0)
+    second = gl.load(key_rows + count - 2, mask=count > 1, other=0)
+    own = ((count > 0) & (last + KEYS > token)).to(gl.int32)
+    return count - own - ((count > 1) & (second + KEYS > token)).to(gl.int32)
+
+
+@gluon.jit
+def _mask(s, first, token, chose, MASK: gl.constexpr):
+    """-inf for the keys of the future; rows that did not choose the block are the caller's."""
+    if MASK:
+        key = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+        s = gl.where((key[None, :] <= token[:, None]) & chose[:, None], s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _gradient_step(
+    i, acc, q, do, k_smem, v_smem, k_bars, v_bars, done, key_rows, members, token, query, norm,
+    delta, scale,
+    M: gl.constexpr, KEYS: gl.constexpr, PART_QUERIES: gl.constexpr, PART: gl.constexpr,
+    STAGES: gl.constexpr, MASK: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    slot = done % STAGES
+    phase = done // STAGES & 1
+    bits = gl.load(members + i) >> (PART * PART_QUERIES)
+    first = gl.load(key_rows + i)
+    k = k_smem.index(slot)
+    mbarrier.wait(k_bars.index(slot), phase)
+    mbarrier.wait(v_bars.index(slot), phase)
+    if (bits & ((1 << PART_QUERIES) - 1)) != 0:
+        zero = gl.zeros([M, KEYS], gl.float32, s_layout)
+        s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        v = v_smem.index(slot).permute((1, 0))
+        dp = warpgroup_mma(do, v, zero, use_acc=False, is_async=True)
+        s, dp = warpgroup_mma_wait(1, deps=[s, dp])
+        chose = (bits >> query & 1) != 0
+        s = _mask(s, first, token, chose, MASK)
+        p = gl.exp2(s * scale - gl.where(chose, norm, float("inf"))[:, None])
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        mbarrier.arrive(v_bars.index(STAGES + slot), count=1)
+        ds = gl.convert_layout((p * (dp - delta[:, None])).to(k_smem.dtype), p_layout)
+        acc = warpgroup_mma(ds, k, acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    else:
+        mbarrier.arrive(v_bars.index(STAGES + slot), count=1)
+    mbarrier.arrive(k_bars.index(STAGES + slot), count=1)
+    return acc
+
+
+@gluon.jit
+def _gradient_compute(
+    lse, delta, dq, q_smem, do_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+    tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
+    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    LIST: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    Q: gl.constexpr = QUERIES // 2
+    M: gl.constexpr = Q * GROUP
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    row = gl.arange(0, M, gl.SliceLayout(1, s_layout))
+    query = row // GROUP
+    scale_log2 = scale * LOG2E
+    done = 0
+    tile_count = 0
+    for work in range(gl.program_id(0), num_tiles * KV_HEADS, gl.num_programs(0)):
+        head, tile_token, left, list_at, count = _tile(
+            work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS, LIST
+        )
+        token = tile_token + PART * Q + query
+        row0 = (tile_token + PART * Q).to(gl.int64) * HEADS + head * GROUP
+        at = row0 + query * HEADS + row % GROUP
+        valid = PART * Q + query < left
+        acc = gl.zeros([M, D], gl.float32, acc_layout)
+        if count > 0:
+            norm = gl.load(lse + at, mask=valid, other=0.0) * LOG2E
+            row_delta = gl.load(delta + at, mask=valid, other=0.0)
+            q = q_smem.reshape([2 * M, D]).slice(PART * M, M)
+            do = do_smem.reshape([2 * M, D]).slice(PART * M, M)
+            mbarrier.wait(q_bars.index(0), tile_count & 1)
+            whole = _whole_blocks(key_rows + list_at, count, tile_token, KEYS)
+            for i in range(0, whole):
+                acc = _gradient_step(
+                    i, acc, q, do, k_smem, v_smem, k_bars, v_bars, done, key_rows + list_at,
+                    members + list_at, token, query, norm, row_delta, scale_log2,
+                    M, KEYS, Q, PART, STAGES, False, s_layout, p_layout,
+                )  # fmt: skip
+                done += 1
+            for i in range(whole, count):
+                acc = _gradient_step(
+                    i, acc, q, do, k_smem, v_smem, k_bars, v_bars, done, key_rows + list_at,
+                    members + list_at, token, query, norm, row_delta, scale_log2,
+                    M, KEYS, Q, PART, STAGES, True, s_layout, p_layout,
+                )  # fmt: skip
+                done += 1
+            mbarrier.arrive(q_bars.index(1), count=1)
+            tile_count += 1
+        store_rows(dq, acc * scale, row0, HEADS, left - PART * Q, GROUP, GROUP, M, D)
+
+
+@gluon.jit(do_not_specialize=["num_tiles"])
+def query_gradient_kernel(
+    q_desc, do_desc, k_desc, v_desc, lse, delta, dq,
+    tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
+    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    LIST: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = k_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [QUERIES, GROUP, D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [QUERIES, GROUP, D], do_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], v_desc.layout)
+    q_bars = barriers(1)
+    k_bars = barriers(STAGES)
+    v_bars = barriers(STAGES)
+    gl.warp_specialize(
+        [
+            (_gradient_compute, (
+                lse, delta, dq, q_smem, do_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
+                HEADS, KV_HEADS, GROUP, D, LIST, KEYS, QUERIES, STAGES, 0,
+            )),
+            (_gradient_compute, (
+                lse, delta, dq, q_smem, do_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
+                HEADS, KV_HEADS, GROUP, D, LIST, KEYS, QUERIES, STAGES, 1,
+            )),
+            (_load, (
+                q_desc, do_desc, k_desc, v_desc, q_smem, do_smem, k_smem, v_smem,
+                q_bars, k_bars, v_bars, tiles, key_rows, counts, cu_seqlens, num_tiles,
+                KV_HEADS, GROUP, D, LIST, STAGES,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
