@@ -271,21 +271,23 @@ def _rank_kernel(
     mask = member & (part < cmp_parts)[None, :]
     part_peaks = tl.load(peaks + q_row * parts + part[None, :], mask=mask, other=-1e30)
     part_totals = tl.load(totals + q_row * parts + part[None, :], mask=mask, other=0.0)
+    # The compressed blocks that share tokens with block 0, shifted by BLOCK / stride for each next.
+    # All loads come before the first reduction, which would hold them back.
+    visible = tl.maximum(length - CMP_BLOCK + CMP_STRIDE, 0) // CMP_STRIDE
+    logit = ()
+    for m in tl.static_range((CMP_BLOCK + BLOCK) // CMP_STRIDE - 1):
+        column = block * (BLOCK // CMP_STRIDE) + m + 1 - CMP_BLOCK // CMP_STRIDE
+        seen = member & ((column >= 0) & (column < visible))[None, :]
+        at = logits + q_row * cmp_capacity + column[None, :]
+        logit += (tl.load(at, mask=seen, other=float("-inf")),)
     peak = tl.max(part_peaks, 1)
     total = tl.sum(part_totals * tl.exp2(part_peaks - peak[:, None]), 1)
     lse = peak + tl.log2(tl.where(total > 0.0, total, 1.0))
-    visible = tl.maximum(length - CMP_BLOCK + CMP_STRIDE, 0) // CMP_STRIDE
-    # The compressed blocks that share tokens with block 0, shifted by BLOCK / stride for each next.
     mass = tl.zeros([ROWS, CHUNK], tl.float32)
     for m in tl.static_range((CMP_BLOCK + BLOCK) // CMP_STRIDE - 1):
         start = (m + 1) * CMP_STRIDE - CMP_BLOCK
         shared = tl.minimum(start + CMP_BLOCK, BLOCK) - tl.maximum(start, 0)
-        column = block * (BLOCK // CMP_STRIDE) + m + 1 - CMP_BLOCK // CMP_STRIDE
-        seen = member & ((column >= 0) & (column < visible))[None, :]
-        s = tl.load(
-            logits + q_row * cmp_capacity + column[None, :], mask=seen, other=float("-inf")
-        )
-        mass += tl.exp2(s - lse[:, None]) * (shared // CMP_STRIDE).to(tl.float32)
+        mass += tl.exp2(logit[m] - lse[:, None]) * (shared // CMP_STRIDE).to(tl.float32)
     own = (length - 1) // BLOCK
     importance = tl.sum(mass, 0)
     forced = (block < NUM_INITIAL) | (block > own - NUM_LOCAL)
@@ -358,12 +360,15 @@ def _merge_kernel(
     total = tl.load(totals + row, mask=part < parts, other=0.0)
     mask = (part < parts)[:, None] & (dv < DV)[None, :]
     acc = tl.load(acc_ptr + row[:, None] * DV + dv[None, :], mask=mask, other=0.0)
+    if GATED:
+        gate = tl.load(gates + q_row * 3 + branch).to(tl.float32)
+    else:
+        gate = tl.full([PARTS], 1.0, tl.float32)
     weight = tl.zeros([PARTS], tl.float32)
     for b in tl.static_range(3):
-        gate = tl.load(gates + q_row * 3 + b).to(tl.float32) if GATED else 1.0
         own = tl.where(branch == b, peak, float("-inf"))
         share = tl.exp2(own - tl.maximum(tl.max(own, 0), -1e30))
         mass = tl.sum(share * total, 0)
-        weight += share * (gate / tl.where(mass > 0.0, mass, 1.0))
+        weight += share * gate / tl.where(mass > 0.0, mass, 1.0)
     result = tl.sum(acc * weight[:, None], 0)
     tl.store(out + q_row * DV + dv, result.to(out.dtype.element_ty), mask=dv < DV)
