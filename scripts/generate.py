@@ -40,7 +40,9 @@ class GenerateSettings:
         if self.prompt and self.prompt_file is not None:
             raise ValueError("generate: set prompt or prompt_file, not both.")
         if self.max_new_tokens < 1:
-            raise ValueError(f"generate.max_new_tokens={self.max_new_tokens}; it must be at least 1.")
+            raise ValueError(
+                f"generate.max_new_tokens={self.max_new_tokens}; it must be at least 1."
+            )
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("generate: temperature must be at least 0, and 0 < top_p <= 1.")
 

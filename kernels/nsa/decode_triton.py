@@ -24,14 +24,14 @@ from kernels.nsa.geometry import Geometry
 
 # Programs that read a cache: enough to fill the machine; every part more is another partial sum to
 # merge.
-PROGRAMS = 512
+PROGRAMS = 256
 MAX_PARTS = 32
 # Rows that one program reads in a step, and steps in flight.
 STEP = 64
 STAGES = 3
 # Ranking compares all pairs of a chunk, then all pairs of the chunks' best, so many at a time.
 MAX_CHUNK = 256
-RIVALS = 64
+RIVALS = 128
 # Value columns per merging program, which is one warp: its sums over the parts need no barrier.
 MERGE_COLUMNS = 32
 
@@ -71,7 +71,9 @@ def decode_step(
         ROWS=triton.next_power_of_2(heads // kv_heads), PARTS=triton.next_power_of_2(cmp_parts),
         RATIO=triton.next_power_of_2(geometry.select_block // geometry.compress_stride),
         **cut, BLOCK=geometry.select_block, NUM_INITIAL=geometry.num_initial,
-        NUM_LOCAL=geometry.num_local, CHUNK=chunk, KEEP=keep, num_warps=8, **launch,
+        NUM_LOCAL=geometry.num_local, CHUNK=chunk, KEEP=keep,
+        num_warps=8 if sequences < 32 else 4,  # few programs: the shortest way through one
+        **launch,
     )  # fmt: skip
     _values_kernel[(parts, sequences)](
         q, v_cmp, k_sel, v_sel, k_win, v_win, lengths, logits, best, *sums, rows, tokens, parts,
@@ -114,9 +116,7 @@ def _split(rows: int, sequences: int) -> tuple[int, int]:
 
 
 def _sizes(heads, kv_heads, dim, value_dim) -> dict:
-    rows, dk, dv = (
-        max(triton.next_power_of_2(x), 16) for x in (heads // kv_heads, dim, value_dim)
-    )
+    rows, dk, dv = (max(triton.next_power_of_2(x), 16) for x in (heads // kv_heads, dim, value_dim))
     return dict(
         HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DK=dim, DV=value_dim, ROWS=rows,
         DK_PAD=dk, DV_PAD=dv,
