@@ -31,7 +31,7 @@ STEP = 64
 STAGES = 3
 # Ranking compares all pairs of a chunk, then all pairs of the chunks' best, so many at a time.
 MAX_CHUNK = 256
-RIVALS = 128
+PAIRS = 128 * 128
 # Value columns per merging program, which is one warp: its sums over the parts need no barrier.
 MERGE_COLUMNS = 32
 
@@ -80,8 +80,8 @@ def decode_step(
         cmp_parts, cmp_rows, win_parts, win_rows, geometry.window, chunks * keep, scale_log2,
         **sizes, **cut, BLOCK=geometry.select_block,
         BLOCK_KEYS=max(triton.next_power_of_2(geometry.select_block), 16), NUM_SELECTED=n,
-        CANDIDATES=candidates, RIVALS=min(candidates, RIVALS), STEP=STEP, num_warps=4,
-        num_stages=STAGES, **launch,
+        CANDIDATES=candidates, RIVALS=min(candidates, max(PAIRS // candidates, 1)), STEP=STEP,
+        num_warps=4, num_stages=STAGES, **launch,
     )  # fmt: skip
     _merge(sums, gates, out, cmp_parts, win_parts, pdl)
     return out
@@ -385,7 +385,7 @@ def _find_block(
     none = -(1 << 62)
     number = tl.load(best + candidate, mask=candidate < num_candidates, other=none)
     rank = tl.zeros([CANDIDATES], tl.int32)
-    for start in tl.static_range(0, CANDIDATES, RIVALS):
+    for start in range(0, CANDIDATES, RIVALS):
         rival = start + tl.arange(0, RIVALS)
         rival = tl.load(best + rival, mask=rival < num_candidates, other=none)
         rank += tl.sum((rival[:, None] > number[None, :]).to(tl.int32), 0)

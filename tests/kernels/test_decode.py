@@ -68,7 +68,7 @@ def cases(draw):
     cases(),
     st.integers(0, 1000),
     st.sampled_from([torch.float32, torch.float16]),
-    st.sampled_from([dict(), dict(STEP=16, MAX_CHUNK=8, RIVALS=8)]),
+    st.sampled_from([dict(), dict(STEP=16, MAX_CHUNK=8, PAIRS=64)]),
 )
 def test_equals_the_twin(case, seed, dtype, sizes):
     tensors, lengths = make_inputs(*case, dtype, seed)
