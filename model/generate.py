@@ -46,20 +46,71 @@ def stream(
     """As generate, a step at a time: each prompt's next token, None once it has stopped."""
     if not all(prompts):
         raise ValueError("A prompt is empty; start it with the end-of-text token at least.")
-    device = model.embedding.weight.device
-    longest = max(map(len, prompts)) + max_new_tokens
-    cache = Cache(len(prompts), len(model.blocks), longest)
-    generator = torch.Generator(device).manual_seed(seed)
+    cache = Cache(len(prompts), len(model.blocks), max(map(len, prompts)) + max_new_tokens)
+    generator = torch.Generator(model.embedding.weight.device).manual_seed(seed)
     stop, running = set(stop_tokens), [True] * len(prompts)
-    new = [list(p) for p in prompts]
-    for _ in range(max_new_tokens):
-        logits = extend(model, cache, new)
-        chosen = _sample(logits.float(), temperature, top_p, generator).tolist()
+    tokens = _sample(extend(model, cache, prompts), temperature, top_p, generator)
+    step = None
+    for i in range(max_new_tokens):
+        if i:
+            step = step or Step(model, cache, tokens, temperature, top_p, generator)
+            tokens = step()
+        chosen = tokens.tolist()
         running = [on and token not in stop for on, token in zip(running, chosen, strict=True)]
         if not any(running):
             return
         yield [token if on else None for on, token in zip(running, chosen, strict=True)]
-        new = [[token] for token in chosen]
+
+
+class Step:
+    """One token for every sequence, fed by the tokens of the step before, all on the device.
+
+    On CUDA the first call runs as it is, which compiles what it needs; the second is captured in a
+    CUDA graph, which every later one replays.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: Cache,
+        tokens: Tensor,
+        temperature: float,
+        top_p: float,
+        generator: torch.Generator,
+    ):
+        self.model, self.cache, self.generator = model, cache, generator
+        self.sampling = (temperature, top_p)
+        self.tokens = tokens.clone()
+        self.positions = torch.tensor(cache.past, device=tokens.device)
+        self.cu_seqlens = torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = False
+
+    def __call__(self) -> Tensor:
+        """The next tokens int64 [B]; valid until the next call."""
+        ones = [1] * len(self.cache.past)
+        self.cache.check(ones)
+        if self.warm and self.graph is None and self.tokens.is_cuda:
+            self._capture()
+        if self.graph is None:
+            self._run()
+            self.warm = True
+        else:
+            self.graph.replay()
+        self.cache.advance(ones)
+        return self.tokens
+
+    def _capture(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(self.generator)
+        with torch.cuda.graph(self.graph):
+            self._run()
+
+    def _run(self) -> None:
+        self.cache.positions = self.positions
+        hidden = self.model.hidden(self.tokens, self.positions, self.cu_seqlens, 1, self.cache)
+        self.tokens.copy_(_sample(self.model.logits(hidden), *self.sampling, self.generator))
+        self.positions += 1
 
 
 def extend(model: Decoder, cache: Cache, new: Sequence[Sequence[int]]) -> Tensor:
@@ -72,21 +123,24 @@ def extend(model: Decoder, cache: Cache, new: Sequence[Sequence[int]]) -> Tensor
 def feed(model: Decoder, cache: Cache, new: Sequence[Sequence[int]]) -> Tensor:
     """Append each sequence's new tokens to the cache; their hidden states [T, dim], packed."""
     device = model.embedding.weight.device
-    lengths = torch.tensor([len(tokens) for tokens in new])
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    cache.check(cu_seqlens)
+    counts = [len(tokens) for tokens in new]
+    cache.check(counts)
+    cu_seqlens = torch.tensor([0, *counts]).cumsum(0).int().to(device)
     tokens = torch.tensor([t for tokens in new for t in tokens], device=device)
-    positions = torch.cat([torch.arange(len(n)) + p for n, p in zip(new, cache.past, strict=True)])
-    longest = int(lengths.max())
-    hidden = model.hidden(tokens, positions.to(device), cu_seqlens.to(device), longest, cache)
-    cache.advance(cu_seqlens)
+    starts = zip(counts, cache.past, strict=True)
+    positions = torch.cat([torch.arange(start, start + n) for n, start in starts]).to(device)
+    cache.positions = positions if set(counts) == {1} else None
+    hidden = model.hidden(tokens, positions, cu_seqlens, max(counts), cache)
+    cache.advance(counts)
     return hidden
 
 
 def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """Logits [B, vocab] -> tokens [B]."""
+    """Logits [B, vocab] -> tokens int64 [B], without a look at the host."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
     p = p * (p.cumsum(-1) - p < top_p)  # always keeps the first
-    return order.gather(1, torch.multinomial(p, 1, generator=generator))[:, 0]
+    # The largest p / e with e exponentially distributed falls on each token with probability p.
+    choice = (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1, keepdim=True)
+    return order.gather(1, choice)[:, 0]

@@ -31,7 +31,6 @@ class Rotary(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"Rotary positions need an even head dimension, not {head_dim}.")
-        # Plain Python numbers: a buffer would be rounded when the module is cast to bf16.
         half = head_dim // 2
         frequencies = [base ** (-i / half) for i in range(half)]
         self.magnitude = 1.0
@@ -43,11 +42,13 @@ class Rotary(nn.Module):
             ]
             self.magnitude = 0.1 * math.log(yarn_factor) + 1.0
         self.frequencies = frequencies
+        # Kept as bits: a cast of the module to bf16 would round a buffer of fp32.
+        bits = torch.tensor(frequencies, dtype=torch.float32).view(torch.int32)
+        self.register_buffer("frequency_bits", bits, persistent=False)
 
     def forward(self, positions: Tensor) -> Rope:
         """positions int64 [T] -> cos and sin, fp32 [T, head_dim / 2]."""
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
-        angles = positions[:, None].float() * frequencies
+        angles = positions[:, None].float() * self.frequency_bits.view(torch.float32)
         return angles.cos() * self.magnitude, angles.sin() * self.magnitude
 
 

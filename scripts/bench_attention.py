@@ -45,6 +45,7 @@ class BenchSettings:
 
     shapes: list
     lengths: list
+    part_lengths: list
     overlaps: list
     decode_batches: list
     seconds: float
@@ -377,6 +378,8 @@ def measure(settings: BenchSettings) -> dict:
             extra = dict(what=name, shared=shared, memory_gb=memory)
             note("whole", forward, asked, **case, **extra, direction="forward")
             note("whole", backward, 5 * asked // 2, **case, **extra, direction="backward")
+            if tokens not in settings.part_lengths:
+                continue
             for part, direction, timing, operations, moved in measure_parts(
                 x, indices, settings.seconds / 2
             ):
@@ -444,24 +447,21 @@ def tables(results: dict) -> str:
                 memory = max(memory, pair[0]["memory_gb"])
             cells.append(cell)
         lines.append(f"| {_spell(shape)} | {tokens:,} | {' | '.join(cells)} | {memory:.1f} |")
-    longest = max((n for n in lengths if n <= 65536), default=lengths[0])
+    parts = list(dict.fromkeys(row["part"] for row in results["parts"]))
+    found = {}
+    for row in results["parts"]:
+        key = _spell(row["shape"]), row["tokens"], row["what"], row["direction"]
+        found.setdefault(key, {})[row["part"]] = row
     lines += [
         "",
-        f"By part at {longest:,} tokens, ms (TFLOP/s, share of the floor):",
+        "By part, ms (TFLOP/s, share of the floor):",
         "",
-        "| shape | selection | direction | " + " | ".join(_parts(results)) + " |",
-        "|---|---|---|" + "---|" * len(_parts(results)),
+        "| shape | tokens | selection | direction | " + " | ".join(parts) + " |",
+        "|---|---|---|---|" + "---|" * len(parts),
     ]
-    for shape, name, way in product(shapes, names, ("forward", "backward")):
-        found = {
-            row["part"]: row
-            for row in results["parts"]
-            if (row["shape"], row["tokens"], row["what"], row["direction"])
-            == (shape, longest, name, way)
-        }
-        if found:
-            cells = [_part_cell(found.get(part)) for part in _parts(results)]
-            lines.append(f"| {_spell(shape)} | {name} | {way} | {' | '.join(cells)} |")
+    for (shape, tokens, name, way), row in found.items():
+        cells = [_part_cell(row.get(part)) for part in parts]
+        lines.append(f"| {shape} | {tokens:,} | {name} | {way} | {' | '.join(cells)} |")
     lines += [
         "",
         "One decode step in a CUDA graph, µs:",
@@ -483,10 +483,6 @@ def tables(results: dict) -> str:
 
 def _spell(shape: str) -> str:
     return f"{shape} {'/'.join(map(str, SHAPES[shape]))}"
-
-
-def _parts(results: dict) -> list[str]:
-    return list(dict.fromkeys(row["part"] for row in results["parts"]))
 
 
 def _part_cell(row: dict | None) -> str:

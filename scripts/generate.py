@@ -8,6 +8,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
 
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig
 
 from data.config import command_line, from_config, resolve_path
 from data.tokenizer import end_of_text_id
-from model.checkpoint import load_checkpoint
+from model.checkpoint import Checkpoint, load_checkpoint
 from model.generate import stream
 
 
@@ -27,11 +28,32 @@ class GenerateSettings:
 
     checkpoint: str
     prompt: str
+    prompt_file: str | None
+    chat: bool
     max_new_tokens: int
     temperature: float
     top_p: float
     seed: int
     device: Literal["auto", "cpu", "cuda"]
+
+    def __post_init__(self):
+        if self.prompt and self.prompt_file is not None:
+            raise ValueError("generate: set prompt or prompt_file, not both.")
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f"generate.max_new_tokens={self.max_new_tokens}; it must be at least 1."
+            )
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("generate: temperature must be at least 0, and 0 < top_p <= 1.")
+
+    def text(self) -> str:
+        """The text to continue. Raises FileNotFoundError."""
+        if self.prompt_file is None:
+            return self.prompt
+        path = resolve_path(self.prompt_file)
+        if not path.is_file():
+            raise FileNotFoundError(f"prompt_file={path}: there is no such file.")
+        return path.read_text(encoding="utf-8")
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="generate")
@@ -41,24 +63,55 @@ def main(config: DictConfig) -> None:
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        text = settings.text()
         checkpoint = load_checkpoint(resolve_path(settings.checkpoint), device)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    history = [end_of_text_id(checkpoint.tokenizer)]
+    if not settings.chat or text:
+        if settings.prompt_file is None:
+            print(text, end="", flush=True)
+        history = continue_text(checkpoint, history, text, settings)
+    while settings.chat:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            break
+        history = continue_text(checkpoint, history, line + "\n", settings)
+
+
+def continue_text(
+    checkpoint: Checkpoint, history: list[int], text: str, settings: GenerateSettings
+) -> list[int]:
+    """Print what follows the tokens `history` and the text; return all of it as tokens.
+
+    The speed goes to the error stream, so that the text alone can be kept.
+    """
     tokenizer = checkpoint.tokenizer
-    eot = end_of_text_id(tokenizer)
-    prompt = [eot, *tokenizer.encode(settings.prompt, add_special_tokens=False).ids]
-    print(settings.prompt, end="", flush=True)
-    tokens, shown = [], 0
+    prompt = [*history, *tokenizer.encode(text, add_special_tokens=False).ids]
+    new, shown = [], 0
+    start = first = time.perf_counter()
     for (token,) in stream(
-        checkpoint.model, [prompt], settings.max_new_tokens, settings.temperature, settings.top_p, [eot],
-        settings.seed,
+        checkpoint.model, [prompt], settings.max_new_tokens, settings.temperature, settings.top_p,
+        [end_of_text_id(tokenizer)], settings.seed,
     ):  # fmt: skip
-        tokens.append(token)
-        text = tokenizer.decode(tokens)
-        if not text.endswith("\ufffd"):  # the bytes of one character may span several tokens
-            print(text[shown:], end="", flush=True)
-            shown = len(text)
-    print()
+        if not new:
+            first = time.perf_counter()
+        new.append(token)
+        continuation = tokenizer.decode(new)
+        if not continuation.endswith("\ufffd"):  # a character's bytes may span several tokens
+            print(continuation[shown:], end="", flush=True)
+            shown = len(continuation)
+    print(flush=True)
+    if len(new) > 1:
+        prefill, rest = first - start, time.perf_counter() - first
+        print(
+            f"{len(prompt):,} prompt tokens in {prefill:.2f} s ({len(prompt) / prefill:,.0f} "
+            f"tokens/s), then {len(new) - 1:,} in {rest:.2f} s ({(len(new) - 1) / rest:,.0f} "
+            "tokens/s)",
+            file=sys.stderr,
+        )
+    return [*prompt, *new]
 
 
 if __name__ == "__main__":

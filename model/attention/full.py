@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernels.dense import full_attention, full_cached
+from kernels.nsa.decode import window_decode
 from model.attention.base import Attention
 
 
@@ -13,10 +14,14 @@ class FullAttention(Attention):
 
     def attend(self, x, q, rope, cu_seqlens, max_seqlen, cache):
         k, v = self.kv(x, rope)
-        if cache is None:
-            return full_attention(q, k, v, cu_seqlens, max_seqlen, self.scale)
-        k, v = (cache.append(name, t, cu_seqlens) for name, t in (("k", k), ("v", v)))
-        return full_cached(q, k, v, cu_seqlens, cache.past, self.scale)
+        if cache is not None:
+            ks, vs = (cache.append(name, t, cu_seqlens) for name, t in (("k", k), ("v", v)))
+            if cache.positions is not None:
+                lengths = (cache.positions + 1).int()
+                return window_decode(q, ks, vs, lengths, cache.max_length, self.scale)
+            if any(cache.past):
+                return full_cached(q, ks, vs, cu_seqlens, cache.past, self.scale)
+        return full_attention(q, k, v, cu_seqlens, max_seqlen, self.scale)
 
     def flops(self, tokens: int) -> int:
         return 4 * self.num_heads * self.head_dim * tokens * (tokens + 1) // 2

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.nsa.compress import gated_pool, gather_blocks, mean_pool
+from kernels.nsa.decode import nsa_decode
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.ops import attention_flops, nsa_attention
 from kernels.nsa.reference import nsa_cached
@@ -107,37 +108,70 @@ class NSAAttention(Attention):
         k_raw, v_raw = self.compressed(x, rope)
         k_sel, v_sel = self.selected(x, rope)
         k_win, v_win = self.local(x, rope)
-        if cache is None:
-            k_cmp = self.compress_k(k_raw, cu_seqlens)
-            v_cmp = self.compress_v(v_raw, cu_seqlens)
-            out, _ = nsa_attention(
-                q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, max_seqlen,
-                self.geometry, self.scale,
-            )  # fmt: skip
-            return out
-        k_cmp = self._append_blocks(cache, "k_cmp", k_raw, cu_seqlens, self.compress_k)
-        v_cmp = self._append_blocks(cache, "v_cmp", v_raw, cu_seqlens, self.compress_v)
-        raw = dict(k_sel=k_sel, v_sel=v_sel, k_win=k_win, v_win=v_win)
-        caches = [cache.append(name, t, cu_seqlens) for name, t in raw.items()]
-        return nsa_cached(
-            q, k_cmp, v_cmp, *caches, gates, cu_seqlens, cache.past, self.geometry, self.scale
-        )
+        if cache is not None:
+            compressed = [
+                self._append_blocks(cache, "k_cmp", k_raw, cu_seqlens, self.compress_k),
+                self._append_blocks(cache, "v_cmp", v_raw, cu_seqlens, self.compress_v),
+            ]
+            tokens = dict(k_sel=k_sel, v_sel=v_sel, k_win=k_win, v_win=v_win)
+            caches = [cache.append(name, t, cu_seqlens) for name, t in tokens.items()]
+            if cache.positions is not None:
+                lengths = (cache.positions + 1).int()
+                return nsa_decode(
+                    q, *compressed, *caches, gates, lengths, self.geometry, self.scale
+                )
+            if any(cache.past):
+                return nsa_cached(
+                    q, *compressed, *caches, gates, cu_seqlens, cache.past, self.geometry,
+                    self.scale,
+                )  # fmt: skip
+        # Whole documents, in training or as prompts.
+        k_cmp = self.compress_k(k_raw, cu_seqlens)
+        v_cmp = self.compress_v(v_raw, cu_seqlens)
+        out, _ = nsa_attention(
+            q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, max_seqlen,
+            self.geometry, self.scale,
+        )  # fmt: skip
+        return out
 
     def _append_blocks(self, cache, name, x, cu_seqlens, phi) -> Tensor:
         """Compress the blocks that the new tokens complete, and only those.
 
-        Tokens that later blocks need wait in cache.pending, which begins at the first unfinished
-        block. Returns the cache of compressed rows [B, capacity, Hkv, D].
+        The last l tokens stay in the cache: an unfinished block needs no more of the past.
+        Returns the cache of compressed rows [B, capacity, Hkv, D].
         """
-        buffer = cache.buffer(name, self.geometry.capacity(cache.max_length), x)
+        geometry, length = self.geometry, self.geometry.compress_block
+        buffer = cache.buffer(name, geometry.capacity(cache.max_length), x)
+        if cache.positions is not None:
+            recent = cache.append_recent(name, length, x, cu_seqlens)
+            return self._append_last_block(buffer, recent, cache.positions + 1, phi)
         for b, (low, high) in enumerate(pairwise(cu_seqlens.tolist())):
-            waiting = torch.cat([cache.pending.get((name, b), x[:0]), x[low:high]])
-            done = self.geometry.num_compressed(len(waiting))
+            first, new = geometry.num_compressed(cache.past[b]), x[low:high]
+            if cache.past[b]:
+                begin = first * geometry.compress_stride
+                rows = torch.arange(begin, cache.past[b], device=x.device) % length
+                new = torch.cat([cache.recent[name][b, rows], new])
+            done = geometry.num_compressed(len(new))
             if done:
-                alone = torch.tensor([0, len(waiting)], dtype=torch.int32, device=x.device)
-                first = self.geometry.num_compressed(cache.past[b])
-                buffer[b, first : first + done] = phi(waiting, alone)[:done]
-            cache.pending[name, b] = waiting[done * self.geometry.compress_stride :]
+                alone = torch.tensor([0, len(new)], dtype=torch.int32, device=x.device)
+                buffer[b, first : first + done] = phi(new, alone)[:done]
+        cache.append_recent(name, length, x, cu_seqlens)
+        return buffer
+
+    def _append_last_block(self, buffer, recent, lengths, phi) -> Tensor:
+        """One new token each, without a look at the host: the last l tokens are always compressed,
+        but stored only where they are a block.
+        """
+        geometry, (batch, length) = self.geometry, recent.shape[:2]
+        sequence = torch.arange(batch, device=recent.device)
+        oldest_first = (lengths[:, None] + torch.arange(length, device=recent.device)) % length
+        tokens = recent[sequence[:, None], oldest_first].flatten(0, 1)
+        borders = torch.arange(batch + 1, dtype=torch.int32, device=recent.device) * length
+        block = phi(tokens, borders)[:batch]
+        complete = (lengths >= length) & ((lengths - length) % geometry.compress_stride == 0)
+        row = (geometry.num_compressed(lengths) - 1).clamp(min=0)
+        block = torch.where(complete[:, None, None], block, buffer[sequence, row])
+        buffer[sequence, row] = block.to(buffer.dtype)
         return buffer
 
     def flops(self, tokens: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kernels.dense import sliding_attention, sliding_cached
+from kernels.nsa.decode import window_decode
 from kernels.nsa.geometry import causal_pairs
 from model.attention.base import Attention
 
@@ -17,10 +18,14 @@ class SlidingAttention(Attention):
 
     def attend(self, x, q, rope, cu_seqlens, max_seqlen, cache):
         k, v = self.kv(x, rope)
-        if cache is None:
-            return sliding_attention(q, k, v, cu_seqlens, max_seqlen, self.window, self.scale)
-        k, v = (cache.append(name, t, cu_seqlens) for name, t in (("k", k), ("v", v)))
-        return sliding_cached(q, k, v, cu_seqlens, cache.past, self.window, self.scale)
+        if cache is not None:
+            ks, vs = (cache.append(name, t, cu_seqlens) for name, t in (("k", k), ("v", v)))
+            if cache.positions is not None:
+                lengths = (cache.positions + 1).int()
+                return window_decode(q, ks, vs, lengths, self.window, self.scale)
+            if any(cache.past):
+                return sliding_cached(q, ks, vs, cu_seqlens, cache.past, self.window, self.scale)
+        return sliding_attention(q, k, v, cu_seqlens, max_seqlen, self.window, self.scale)
 
     def flops(self, tokens: int) -> int:
         return 4 * self.num_heads * self.head_dim * causal_pairs(tokens, self.window)

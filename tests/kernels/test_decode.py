@@ -5,13 +5,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.nsa import reference
-from kernels.nsa.decode import nsa_decode
+from kernels.nsa import decode_triton, reference
+from kernels.nsa.decode import nsa_decode, window_decode
 from kernels.nsa.geometry import Geometry
 from tests.kernels import oracle
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 5e-3}
+
+
+def kernel(*args):
+    """The Triton kernels on any device: in the interpreter on a CPU."""
+    *tensors, geometry = args
+    return decode_triton.decode_step(*tensors, geometry, tensors[0].shape[2] ** -0.5)
+
+
+both = pytest.mark.parametrize("decode", [kernel, nsa_decode], ids=["kernel", "operator"])
 
 
 def make_inputs(lengths, capacity, kv_heads, group, dims, geometry, dtype, seed):
@@ -55,15 +64,40 @@ def cases(draw):
 
 
 @settings(max_examples=25, deadline=None)
-@given(cases(), st.integers(0, 1000), st.sampled_from([torch.float32, torch.float16]))
-def test_equals_the_twin(case, seed, dtype):
+@given(
+    cases(),
+    st.integers(0, 1000),
+    st.sampled_from([torch.float32, torch.float16]),
+    st.sampled_from([dict(), dict(STEP=16, MAX_CHUNK=8, PAIRS=64)]),
+)
+def test_equals_the_twin(case, seed, dtype, sizes):
     tensors, lengths = make_inputs(*case, dtype, seed)
-    got = nsa_decode(*tensors, lengths, case[-1])
+    with pytest.MonkeyPatch.context() as patch:  # several parts, chunks and blocks a program
+        for name, value in sizes.items():
+            patch.setattr(decode_triton, name, value)
+        got = kernel(*tensors, lengths, case[-1])
     assert got.dtype == dtype
     assert relative_error(got, twin(tensors, lengths, case[-1])) < TOLERANCE[dtype]
 
 
-def test_equals_the_last_token_of_the_definition():
+@pytest.mark.parametrize("window", [1, 7, 200])
+def test_window_and_full_equal_the_twin(window):
+    geometry = Geometry(4, 2, 4, 3, 5)
+    args = ([1, 70, 150, 0], 150, 2, 3, (24, 16), geometry, torch.float32, 0)
+    (q, _, _, k, v, *_), lengths = make_inputs(*args)
+    want = torch.zeros(4, 6, 16, dtype=torch.float64, device=DEVICE)
+    for b, length in enumerate(lengths.tolist()[:3]):
+        seen = slice(max(length - window, 0), length)
+        kb, vb = (x[b, seen].double().repeat_interleave(3, 1) for x in (k, v))
+        p = (torch.einsum("hd,thd->ht", q[b].double(), kb) * 24**-0.5).softmax(1)
+        want[b] = torch.einsum("ht,thd->hd", p, vb)
+    for step in (decode_triton.window_step, window_decode):
+        got = step(q, k, v, lengths, window, 24**-0.5)
+        assert relative_error(got, want) < 1e-5 and not got[3].any()
+
+
+@both
+def test_equals_the_last_token_of_the_definition(decode):
     geometry = Geometry(8, 4, 8, 4, 10)
     tensors, lengths = make_inputs([37], 37, 2, 2, (16, 16), geometry, torch.float32, 0)
     q, *caches, gates = (x.double() for x in tensors)
@@ -71,32 +105,62 @@ def test_equals_the_last_token_of_the_definition():
     queries[-1] = q[0]
     gate_rows = gates.expand(37, 4, 3)
     want, _ = oracle.nsa(queries, *(c[0] for c in caches), gate_rows, [0, 37], geometry, 16**-0.5)
-    assert relative_error(nsa_decode(*tensors, lengths, geometry)[0], want[-1]) < 1e-5
+    assert relative_error(decode(*tensors, lengths, geometry)[0], want[-1]) < 1e-5
 
 
-def test_an_empty_sequence_is_zero_beside_others():
+@both
+def test_an_empty_sequence_is_zero_beside_others(decode):
     geometry = Geometry(4, 2, 4, 3, 5)
     tensors, lengths = make_inputs([0, 9], 16, 1, 2, (16, 16), geometry, torch.float32, 0)
-    out = nsa_decode(*tensors, lengths, geometry)
+    out = decode(*tensors, lengths, geometry)
     assert not out[0].any() and out.isfinite().all() and out[1].any()
 
 
-def test_rows_past_the_length_do_not_matter():
+@both
+def test_equal_importance_goes_to_the_lower_block(decode):
+    """Keys of zero make every compressed block equal: the lowest blocks must be taken."""
+    geometry = Geometry(4, 4, 4, 5, 4, num_initial=0, num_local=1)
+    tensors, lengths = make_inputs([64], 64, 1, 2, (16, 16), geometry, torch.float32, 0)
+    tensors[1].zero_()
+    tensors[7][..., [0, 2]] = 0  # the selected branch alone
+    tensors[4][:, :16] = tensors[4][:, 60:] = 1.0  # its values: four lowest blocks and the own one
+    tensors[4][:, 16:60] = float("nan")
+    out = decode(*tensors, lengths, geometry)
+    torch.testing.assert_close(out, tensors[7][..., 1:2].expand_as(out))
+
+
+@both
+def test_rows_past_the_length_do_not_matter(decode):
     geometry = Geometry(4, 2, 4, 3, 5)
     tensors, lengths = make_inputs([9], 32, 1, 2, (16, 16), geometry, torch.float32, 0)
-    expected = nsa_decode(*tensors, lengths, geometry)
+    expected = decode(*tensors, lengths, geometry)
     done = geometry.num_compressed(9)
     for i, x in enumerate(tensors[1:7]):
         x[:, done if i < 2 else 9 :] = float("nan")
-    assert torch.equal(nsa_decode(*tensors, lengths, geometry), expected)
+    assert torch.equal(decode(*tensors, lengths, geometry), expected)
 
 
-def test_shapes_that_do_not_fit_are_named():
+def test_what_does_not_fit_is_named():
     geometry = Geometry(4, 2, 4, 3, 5)
     tensors, lengths = make_inputs([9], 16, 1, 2, (16, 16), geometry, torch.float32, 0)
+    with pytest.raises(ValueError, match="lengths must be int32"):
+        nsa_decode(*tensors, lengths.long(), geometry)
     tensors[6] = tensors[6][:, :8]
     with pytest.raises(ValueError, match="v_win"):
         nsa_decode(*tensors, lengths, geometry)
+    q, k, v = tensors[0], tensors[3], tensors[4]
+    with pytest.raises(ValueError, match="Decode v must be contiguous"):
+        window_decode(q, k, v.repeat_interleave(2, 3)[..., ::2], lengths, 3, 1.0)
+
+
+@torch.no_grad()
+def test_operators_pass_opcheck():
+    geometry = Geometry(4, 2, 4, 3, 5)
+    tensors, lengths = make_inputs([9, 30], 32, 1, 2, (16, 16), geometry, torch.float32, 0)
+    numbers = [4, 2, 4, 3, 5, 1, 2]
+    torch.library.opcheck(torch.ops.nsa.decode, (*tensors, lengths, numbers, 0.25))
+    q, k, v = tensors[0], tensors[3], tensors[4]
+    torch.library.opcheck(torch.ops.nsa.decode_window, (q, k, v, lengths, 7, 0.25))
 
 
 @pytest.mark.gpu
