@@ -44,7 +44,7 @@ def selected_forward(q, k, v, indices, cu_seqlens, max_seqlen, geometry: Geometr
     if not q.numel():
         return o, lse
     shape = Shape(q, k, v, geometry)
-    union = block_unions(indices, cu_seqlens, shape.block, shape.queries)
+    union = shape.unions(indices, cu_seqlens)
     key_major = None
     if shape.may_be_key_major(v.shape[2]):
         key_major = shape.key_major(union)
@@ -69,7 +69,7 @@ class Shape:
         self.dim_pad = max(triton.next_power_of_2(dim), 16)
         self.value_pad = max(triton.next_power_of_2(value_dim), 16)
         self.element = q.element_size()
-        # What the Gluon kernels of the backward are written for.
+        # What the Gluon kernels are written for.
         self.by_hand = (
             on_hopper(q, k)
             and self.element == 2
@@ -85,6 +85,11 @@ class Shape:
             ROWS=triton.next_power_of_2(self.queries * self.group),
             INT64=self.tokens * self.heads * max(dim, value_dim) >= 1 << 31,  # costs registers
         )  # fmt: skip
+
+    def unions(self, indices, cu_seqlens) -> Union:
+        """Of 64 rows, or of 128 for the Gluon kernels' two warpgroups."""
+        parts = 2 if self.by_hand else 1
+        return block_unions(indices, cu_seqlens, self.block, parts * self.queries, parts)
 
     def partial_bytes(self, dim: int) -> int:
         """Bytes of one KV head's partial rows, one of `dim` for each (token, block, head)."""
@@ -119,6 +124,13 @@ class Shape:
 
 
 def _union_forward(q, k, v, o, lse, union: Union, key_major, cu_seqlens, shape: Shape, scale):
+    if shape.by_hand:
+        from kernels.nsa import selected_hopper_query
+
+        if key_major is not None:  # zeros for now
+            union = union._replace(counts=union.counts * (1 - key_major[:, None]))
+        selected_hopper_query.forward(q, k, v, o, lse, union, cu_seqlens, shape.constants, scale)
+        return
     _union_forward_kernel[(union.tiles.shape[0], shape.kv_heads)](
         q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), o, lse,
         union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, key_major,

@@ -18,7 +18,6 @@ from kernels.nsa.csr import BlockLists, block_lists
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.selected import LN2, Shape, load_rows
 from kernels.nsa.tiles import tile_map
-from kernels.nsa.union import block_unions
 
 # Keys of a block whose partial sums one program adds: the initial block has many items.
 JOIN_KEYS = 8
@@ -40,8 +39,7 @@ def selected_backward(
     # Which KV heads get dQ from the key-major kernel: all, none, or those of a device's choice.
     fused = shape.may_be_key_major(q.shape[2])
     if not fused or shape.by_hand:
-        parts = 2 if shape.by_hand else 1  # of 64 rows, one for each warpgroup
-        union = block_unions(indices, cu_seqlens, shape.block, parts * shape.queries, parts)
+        union = shape.unions(indices, cu_seqlens)
         if fused:
             fused = shape.key_major(union)
             union = union._replace(counts=union.counts * (1 - fused[:, None]))  # zeros for now

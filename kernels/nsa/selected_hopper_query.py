@@ -1,4 +1,4 @@
-"""The query-major Gluon kernel for Hopper: dQ of the selected branch.
+"""Query-major Gluon kernels for Hopper: forward and dQ of the selected branch.
 
 One program per multiprocessor walks over tiles of queries. A producer warp copies the key blocks of
 a tile's union (union.py). Two warpgroups compute, each for half of the tile's queries: they share
@@ -19,23 +19,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.nsa.flash_hopper import tensor_tiles
 from kernels.nsa.flash_hopper_common import barriers, copy_tile, store_rows
-from kernels.nsa.flash_triton import LOG2E
+from kernels.nsa.flash_triton import LN2, LOG2E
 
 STAGES = 4
 
 
-def query_gradient(do, q, k, v, lse, delta, dq, union, cu_seqlens, constants, scale) -> None:
-    """Fill dq."""
-    queries, group, keys, dim = union.queries, constants["GROUP"], constants["KEYS"], q.shape[2]
-    programs = torch.cuda.get_device_properties(q.device).multi_processor_count
-    query_gradient_kernel[(programs,)](
-        tensor_tiles(q, queries, group, dim), tensor_tiles(do, queries, group, dim),
-        tensor_tiles(k.flatten(1), keys, dim), tensor_tiles(v.flatten(1), keys, dim),
-        lse, delta, dq, union.tiles, union.key_rows, union.members, union.counts, cu_seqlens,
-        len(union.tiles), scale,
+def _launch(kernel, queries_of, k, v, tensors, union, cu_seqlens, constants, scale: float):
+    queries, group, keys, dim = union.queries, constants["GROUP"], constants["KEYS"], k.shape[2]
+    programs = torch.cuda.get_device_properties(k.device).multi_processor_count
+    kernel[(programs,)](
+        *(tensor_tiles(x, queries, group, dim) for x in queries_of),
+        tensor_tiles(k.flatten(1), keys, dim), tensor_tiles(v.flatten(1), keys, dim), *tensors,
+        union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, len(union.tiles),
+        scale,
         HEADS=constants["HEADS"], KV_HEADS=constants["KV_HEADS"], GROUP=group, D=dim,
         LIST=union.members.shape[2], KEYS=keys, QUERIES=queries, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
+
+
+def forward(q, k, v, o, lse, union, cu_seqlens, constants, scale: float) -> None:
+    """Fill o and lse."""
+    _launch(forward_kernel, (q,), k, v, (o, lse), union, cu_seqlens, constants, scale)
+
+
+def query_gradient(do, q, k, v, lse, delta, dq, union, cu_seqlens, constants, scale) -> None:
+    """Fill dq."""
+    rows = lse, delta, dq
+    _launch(query_gradient_kernel, (q, do), k, v, rows, union, cu_seqlens, constants, scale)
 
 
 @gluon.jit
@@ -61,7 +71,7 @@ def _load(
     q_desc, do_desc, k_desc, v_desc, q_smem, do_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
     tiles, key_rows, counts, cu_seqlens, num_tiles,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, LIST: gl.constexpr,
-    STAGES: gl.constexpr,
+    SLOTS: gl.constexpr, STAGES: gl.constexpr, GRADIENT: gl.constexpr,
 ):  # fmt: skip
     done = 0
     tile_count = 0
@@ -70,11 +80,14 @@ def _load(
             work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS, LIST
         )
         if count > 0:
-            full = q_bars.index(0)
-            mbarrier.wait(q_bars.index(1), (tile_count & 1) ^ 1)
-            mbarrier.expect(full, q_desc.block_type.nbytes + do_desc.block_type.nbytes)
-            copy_tile(q_desc, [token, head * GROUP, 0], full, q_smem)
-            copy_tile(do_desc, [token, head * GROUP, 0], full, do_smem)
+            slot = tile_count % SLOTS
+            full = q_bars.index(slot)
+            mbarrier.wait(q_bars.index(SLOTS + slot), (tile_count // SLOTS & 1) ^ 1)
+            num_bytes: gl.constexpr = (1 + GRADIENT) * q_desc.block_type.nbytes
+            mbarrier.expect(full, num_bytes)
+            copy_tile(q_desc, [token, head * GROUP, 0], full, q_smem.index(slot))
+            if GRADIENT:
+                copy_tile(do_desc, [token, head * GROUP, 0], full, do_smem.index(slot))
             tile_count += 1
             for i in range(0, count):
                 row = gl.load(key_rows + list_at + i)
@@ -90,48 +103,163 @@ def _load(
 
 
 @gluon.jit
-def _whole_blocks(key_rows, count, token, KEYS: gl.constexpr):
-    """How many of a list's blocks lie before `token`: a tile's own blocks are its last two."""
-    last = gl.load(key_rows + count - 1, mask=count > 0, other=0)
-    second = gl.load(key_rows + count - 2, mask=count > 1, other=0)
-    own = ((count > 0) & (last + KEYS > token)).to(gl.int32)
-    return count - own - ((count > 1) & (second + KEYS > token)).to(gl.int32)
+def _mask(s, first, token, tile_token):
+    """-inf for the keys of the future, which only a tile's own blocks have.
 
-
-@gluon.jit
-def _mask(s, first, token, chose, MASK: gl.constexpr):
-    """-inf for the keys of the future; rows that did not choose the block are the caller's."""
-    if MASK:
+    Rows that did not choose the block are the caller's. One loop with this branch, since ptxas 12.8
+    set up a descriptor for two loops over the blocks in the first alone, which may have no steps.
+    """
+    if first + s.shape[1] > tile_token:
         key = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-        s = gl.where((key[None, :] <= token[:, None]) & chose[:, None], s, float("-inf"))
+        s = gl.where(key[None, :] <= token[:, None], s, float("-inf"))
     return s
 
 
 @gluon.jit
-def _gradient_step(
-    i, acc, q, do, k_smem, v_smem, k_bars, v_bars, done, key_rows, members, token, query, norm,
-    delta, scale,
-    M: gl.constexpr, KEYS: gl.constexpr, PART_QUERIES: gl.constexpr, PART: gl.constexpr,
-    STAGES: gl.constexpr, MASK: gl.constexpr, s_layout: gl.constexpr, p_layout: gl.constexpr,
+def _forward_step(
+    acc, m, l, q, k_smem, v_smem, k_bars, v_bars, done, first, bits, tile_token, token, query,
+    scale,
+    M: gl.constexpr, KEYS: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+    s_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
     slot = done % STAGES
     phase = done // STAGES & 1
-    bits = gl.load(members + i) >> (PART * PART_QUERIES)
-    first = gl.load(key_rows + i)
+    mbarrier.wait(k_bars.index(slot), phase)
+    mbarrier.wait(v_bars.index(slot), phase)
+    if (bits & ((1 << Q) - 1)) != 0:
+        zero = gl.zeros([M, KEYS], gl.float32, s_layout)
+        s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_bars.index(STAGES + slot), count=1)
+        s = _mask(s, first, token, tile_token)
+        chose = (bits >> query & 1) != 0
+        new_m = gl.where(chose, gl.maximum(m, gl.max(s, 1) * scale), m)
+        alpha = gl.exp2(m - new_m)
+        p = gl.exp2(s * scale - gl.where(chose, new_m, float("inf"))[:, None])
+        l = l * alpha + gl.sum(p, 1)
+        m = new_m
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+        p = gl.convert_layout(p.to(k_smem.dtype), p_layout)
+        acc = warpgroup_mma(p, v_smem.index(slot), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    else:
+        mbarrier.arrive(k_bars.index(STAGES + slot), count=1)
+    mbarrier.arrive(v_bars.index(STAGES + slot), count=1)
+    return acc, m, l
+
+
+@gluon.jit
+def _forward_compute(
+    o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+    tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
+    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    LIST: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr, SLOTS: gl.constexpr,
+    STAGES: gl.constexpr, PART: gl.constexpr,
+):  # fmt: skip
+    Q: gl.constexpr = QUERIES // 2
+    M: gl.constexpr = Q * GROUP
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    row = gl.arange(0, M, gl.SliceLayout(1, s_layout))
+    query = row // GROUP
+    scale_log2 = scale * LOG2E
+    done = 0
+    tile_count = 0
+    for work in range(gl.program_id(0), num_tiles * KV_HEADS, gl.num_programs(0)):
+        head, tile_token, left, list_at, count = _tile(
+            work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS, LIST
+        )
+        token = tile_token + PART * Q + query
+        # A finite start keeps rows that have seen nothing free of inf - inf.
+        m = gl.full([M], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
+        l = gl.zeros([M], gl.float32, gl.SliceLayout(1, s_layout))
+        acc = gl.zeros([M, D], gl.float32, acc_layout)
+        if count > 0:
+            slot = tile_count % SLOTS
+            q = q_smem.index(slot).reshape([2 * M, D]).slice(PART * M, M)
+            mbarrier.wait(q_bars.index(slot), tile_count // SLOTS & 1)
+            for i in range(0, count):
+                first = gl.load(key_rows + list_at + i)
+                bits = gl.load(members + list_at + i) >> (PART * Q)
+                acc, m, l = _forward_step(
+                    acc, m, l, q, k_smem, v_smem, k_bars, v_bars, done, first, bits, tile_token,
+                    token, query, scale_log2, M, KEYS, Q, STAGES, s_layout, p_layout,
+                )  # fmt: skip
+                done += 1
+            mbarrier.arrive(q_bars.index(SLOTS + slot), count=1)
+            tile_count += 1
+        some = l > 0
+        l = gl.where(some, l, 1.0)
+        norm = gl.where(some, (m + gl.log2(l)) * LN2, float("-inf"))
+        row0 = (tile_token + PART * Q).to(gl.int64) * HEADS + head * GROUP
+        gl.store(lse + row0 + query * HEADS + row % GROUP, norm, mask=PART * Q + query < left)
+        acc = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, acc_layout))[:, None]
+        store_rows(o, acc, row0, HEADS, left - PART * Q, GROUP, GROUP, M, D)
+
+
+@gluon.jit(do_not_specialize=["num_tiles"])
+def forward_kernel(
+    q_desc, k_desc, v_desc, o, lse, tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
+    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
+    LIST: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    SLOTS: gl.constexpr = 2
+    dtype: gl.constexpr = k_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [SLOTS, QUERIES, GROUP, D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], v_desc.layout)
+    q_bars = barriers(SLOTS)
+    k_bars = barriers(STAGES)
+    v_bars = barriers(STAGES)
+    gl.warp_specialize(
+        [
+            (_forward_compute, (
+                o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
+                HEADS, KV_HEADS, GROUP, D, LIST, KEYS, QUERIES, SLOTS, STAGES, 0,
+            )),
+            (_forward_compute, (
+                o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
+                HEADS, KV_HEADS, GROUP, D, LIST, KEYS, QUERIES, SLOTS, STAGES, 1,
+            )),
+            (_load, (
+                q_desc, q_desc, k_desc, v_desc, q_smem, q_smem, k_smem, v_smem,
+                q_bars, k_bars, v_bars, tiles, key_rows, counts, cu_seqlens, num_tiles,
+                KV_HEADS, GROUP, D, LIST, SLOTS, STAGES, False,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _gradient_step(
+    acc, q, do, k_smem, v_smem, k_bars, v_bars, done, first, bits, tile_token, token, query, norm,
+    delta, scale,
+    M: gl.constexpr, KEYS: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
+    s_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    slot = done % STAGES
+    phase = done // STAGES & 1
     k = k_smem.index(slot)
     mbarrier.wait(k_bars.index(slot), phase)
     mbarrier.wait(v_bars.index(slot), phase)
-    if (bits & ((1 << PART_QUERIES) - 1)) != 0:
+    if (bits & ((1 << Q) - 1)) != 0:
         zero = gl.zeros([M, KEYS], gl.float32, s_layout)
         s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         v = v_smem.index(slot).permute((1, 0))
         dp = warpgroup_mma(do, v, zero, use_acc=False, is_async=True)
         s, dp = warpgroup_mma_wait(1, deps=[s, dp])
         chose = (bits >> query & 1) != 0
-        s = _mask(s, first, token, chose, MASK)
         p = gl.exp2(s * scale - gl.where(chose, norm, float("inf"))[:, None])
         dp = warpgroup_mma_wait(0, deps=[dp])
         mbarrier.arrive(v_bars.index(STAGES + slot), count=1)
+        if first + KEYS > tile_token:
+            key = first + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
+            p = gl.where(key[None, :] <= token[:, None], p, 0.0)
         ds = gl.convert_layout((p * (dp - delta[:, None])).to(k_smem.dtype), p_layout)
         acc = warpgroup_mma(ds, k, acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -170,22 +298,16 @@ def _gradient_compute(
         if count > 0:
             norm = gl.load(lse + at, mask=valid, other=0.0) * LOG2E
             row_delta = gl.load(delta + at, mask=valid, other=0.0)
-            q = q_smem.reshape([2 * M, D]).slice(PART * M, M)
-            do = do_smem.reshape([2 * M, D]).slice(PART * M, M)
+            q = q_smem.index(0).reshape([2 * M, D]).slice(PART * M, M)
+            do = do_smem.index(0).reshape([2 * M, D]).slice(PART * M, M)
             mbarrier.wait(q_bars.index(0), tile_count & 1)
-            whole = _whole_blocks(key_rows + list_at, count, tile_token, KEYS)
-            for i in range(0, whole):
+            for i in range(0, count):
+                first = gl.load(key_rows + list_at + i)
+                bits = gl.load(members + list_at + i) >> (PART * Q)
                 acc = _gradient_step(
-                    i, acc, q, do, k_smem, v_smem, k_bars, v_bars, done, key_rows + list_at,
-                    members + list_at, token, query, norm, row_delta, scale_log2,
-                    M, KEYS, Q, PART, STAGES, False, s_layout, p_layout,
-                )  # fmt: skip
-                done += 1
-            for i in range(whole, count):
-                acc = _gradient_step(
-                    i, acc, q, do, k_smem, v_smem, k_bars, v_bars, done, key_rows + list_at,
-                    members + list_at, token, query, norm, row_delta, scale_log2,
-                    M, KEYS, Q, PART, STAGES, True, s_layout, p_layout,
+                    acc, q, do, k_smem, v_smem, k_bars, v_bars, done, first, bits, tile_token,
+                    token, query, norm, row_delta, scale_log2,
+                    M, KEYS, Q, STAGES, s_layout, p_layout,
                 )  # fmt: skip
                 done += 1
             mbarrier.arrive(q_bars.index(1), count=1)
@@ -201,8 +323,8 @@ def query_gradient_kernel(
     LIST: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = k_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [QUERIES, GROUP, D], q_desc.layout)
-    do_smem = gl.allocate_shared_memory(dtype, [QUERIES, GROUP, D], do_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [1, QUERIES, GROUP, D], q_desc.layout)
+    do_smem = gl.allocate_shared_memory(dtype, [1, QUERIES, GROUP, D], do_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], v_desc.layout)
     q_bars = barriers(1)
@@ -223,7 +345,7 @@ def query_gradient_kernel(
             (_load, (
                 q_desc, do_desc, k_desc, v_desc, q_smem, do_smem, k_smem, v_smem,
                 q_bars, k_bars, v_bars, tiles, key_rows, counts, cu_seqlens, num_tiles,
-                KV_HEADS, GROUP, D, LIST, STAGES,
+                KV_HEADS, GROUP, D, LIST, 1, STAGES, True,
             )),
         ],
         [4, 1],
