@@ -29,12 +29,12 @@ from omegaconf import DictConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data.config import ROOT, command_line, from_config, resolve_path
+from eval.speed import SHAPES, save_figure, tables
 from kernels.nsa import ops
 from kernels.nsa.compress import gated_pool
 from kernels.nsa.decode import nsa_decode
 from kernels.nsa.geometry import Geometry, causal_pairs
 
-SHAPES = {"a": (64, 4, 128), "b": (16, 1, 128), "c": (16, 4, 128), "d": (16, 4, 64)}
 FULL = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 GEOMETRY = Geometry()
 
@@ -413,121 +413,6 @@ def environment() -> dict[str, str]:
         command="python scripts/bench_attention.py " + " ".join(sys.argv[1:]),
         geometry=asdict(GEOMETRY),
     )
-
-
-def tables(results: dict) -> str:
-    """The results as markdown."""
-    whole = {
-        (row["shape"], row["tokens"], row["what"], row["direction"]): row
-        for row in results["whole"]
-    }
-    shapes = list(dict.fromkeys(row["shape"] for row in results["whole"]))
-    lengths = list(dict.fromkeys(row["tokens"] for row in results["whole"]))
-    names = list(dict.fromkeys(row["what"] for row in results["whole"]))
-    lines = [
-        f"{results['card']}, torch {results['torch']}, Triton {results['triton']}, "
-        f"{results['date']}, commit {results['commit']}: `{results['command']}`. Milliseconds "
-        "forward / backward; in brackets how many times faster than cuDNN.",
-        "",
-        "| shape | tokens | " + " | ".join(names) + " | GB above inputs |",
-        "|---|---|" + "---|" * len(names) + "---|",
-    ]
-    for shape, tokens in product(shapes, lengths):
-        cells, memory = [], 0.0
-        for name in names:
-            pair = [whole.get((shape, tokens, name, way)) for way in ("forward", "backward")]
-            if None in pair:
-                cells.append("")
-                continue
-            cell = " / ".join(f"{row['ms']:.2f}" for row in pair)
-            if name.startswith("nsa"):
-                full = [whole[shape, tokens, "cudnn", way] for way in ("forward", "backward")]
-                ratio = [f"{f['ms'] / row['ms']:.1f}" for f, row in zip(full, pair, strict=True)]
-                cell += f" ({' / '.join(ratio)})"
-                memory = max(memory, pair[0]["memory_gb"])
-            cells.append(cell)
-        lines.append(f"| {_spell(shape)} | {tokens:,} | {' | '.join(cells)} | {memory:.1f} |")
-    parts = list(dict.fromkeys(row["part"] for row in results["parts"]))
-    found = {}
-    for row in results["parts"]:
-        key = _spell(row["shape"]), row["tokens"], row["what"], row["direction"]
-        found.setdefault(key, {})[row["part"]] = row
-    lines += [
-        "",
-        "By part, ms (TFLOP/s, share of the floor):",
-        "",
-        "| shape | tokens | selection | direction | " + " | ".join(parts) + " |",
-        "|---|---|---|---|" + "---|" * len(parts),
-    ]
-    for (shape, tokens, name, way), row in found.items():
-        cells = [_part_cell(row.get(part)) for part in parts]
-        lines.append(f"| {shape} | {tokens:,} | {name} | {way} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "One decode step in a CUDA graph, µs:",
-        "",
-        "| shape | batch | tokens | nsa | flash, full cache | ratio |",
-        "|---|---|---|---|---|---|",
-    ]
-    pairs = {}
-    for row in results["decode"]:
-        key = row["shape"], row["batch"], row["tokens"]
-        pairs.setdefault(key, {})[row["what"]] = 1e3 * row["ms"]
-    for (shape, batch, tokens), us in pairs.items():
-        lines.append(
-            f"| {_spell(shape)} | {batch} | {tokens:,} | {us['nsa']:.1f} | {us['flash']:.1f} | "
-            f"{us['flash'] / us['nsa']:.1f} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _spell(shape: str) -> str:
-    return f"{shape} {'/'.join(map(str, SHAPES[shape]))}"
-
-
-def _part_cell(row: dict | None) -> str:
-    if row is None:
-        return ""
-    speed = f"{row['tflops']:.0f}, " if "tflops" in row else ""
-    return f"{row['ms']:.2f} ({speed}{100 * row['floor_share']:.0f} %)"
-
-
-def save_figure(results: dict, path: Path) -> None:
-    """Forward and backward together against length, one panel per shape, both axes doubling."""
-    from matplotlib.figure import Figure
-
-    styles = {
-        "flash": ("FlashAttention-2, full", "#8a8a8a", "--"),
-        "cudnn": ("cuDNN, full", "#333333", "-"),
-        "nsa random": ("NSA, random selection", "#7fb3d5", ":"),
-        "nsa 85 %": ("NSA, 85 % shared", "#0b61a4", "-"),
-        "nsa trained": ("NSA, trained selection", "#c46210", "-"),
-    }
-    shapes = list(dict.fromkeys(row["shape"] for row in results["whole"]))
-    figure = Figure((3.2 * len(shapes) + 0.6, 3.6), layout="constrained")
-    panels = figure.subplots(1, len(shapes), squeeze=False)[0]
-    for panel, shape in zip(panels, shapes, strict=True):
-        for name, (label, color, line) in styles.items():
-            total = {}
-            for row in results["whole"]:
-                if (row["shape"], row["what"]) == (shape, name):
-                    total[row["tokens"]] = total.get(row["tokens"], 0.0) + row["ms"]
-            if total:
-                panel.plot(*zip(*sorted(total.items()), strict=True), line, color=color, label=label,
-                           marker="o", markersize=3.5)  # fmt: skip
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        ticks = sorted({row["tokens"] for row in results["whole"]})
-        panel.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
-        heads, kv_heads, dim = SHAPES[shape]
-        panel.set_title(f"{heads} heads, {kv_heads} KV, dim {dim}", fontsize=10)
-        panel.grid(True, which="major", color="#dddddd", linewidth=0.6)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.set_xlabel("tokens")
-    panels[0].set_ylabel("forward + backward (ms)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=130)
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="bench_attention")
