@@ -1,5 +1,6 @@
 """What the trainer is given: packed documents in one flat row of tokens."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,3 +30,11 @@ class Batch(NamedTuple):
         """The same batch on `device`."""
         *tensors, max_seqlen = self
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors), max_seqlen)
+
+
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """The batches' documents one after another, as one batch."""
+    tokens, targets, positions, cu_seqlens, max_seqlen = zip(*batches, strict=True)
+    lengths = torch.cat([ends.diff() for ends in cu_seqlens])
+    ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return Batch(torch.cat(tokens), torch.cat(targets), torch.cat(positions), ends, max(max_seqlen))

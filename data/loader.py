@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.batch import NOT_SCORED, Batch
-from data.packing import PADDING, Plan, plan_epoch
+from data.packing import PADDING, Plan, plan_epoch, unseen
 from data.shards import TokenShards
 
 
@@ -24,27 +24,57 @@ class PackedLoader:
 
     def __init__(self, shards: TokenShards, seq_len: int, seed: int, eot_id: int):
         check(shards, seq_len, eot_id)
-        self.shards, self.seq_len, self.eot_id = shards, seq_len, eot_id
-        self._plan = lru_cache(maxsize=2)(  # a batch may span the end of an epoch
-            lambda epoch: plan_epoch(shards.offsets, seq_len, seed, epoch)
-        )
-        self._num_samples = self._plan(0).num_sequences
+        self.shards, self.seq_len, self.seed, self.eot_id = shards, seq_len, seed, eot_id
+        self._plan = lru_cache(maxsize=2)(self._make_plan)  # a batch may span the end of an epoch
+        starts, ends = shards.offsets[:-1], shards.offsets[1:]
+        self._first_epoch, self._opening = 0, (starts, ends)
+        self._num_opening = self._num_samples = self._plan(0).num_sequences
         self.padding_share = 1 - shards.num_tokens / (self._num_samples * seq_len)
 
+    def next_stage(self, seq_len: int, consumed: int) -> "PackedLoader":
+        """A loader of other sequences that goes on where this one stands after `consumed` samples.
+
+        Its first epoch is what is left of the running one, packed anew, so that a change of length
+        shows no token twice and leaves none out.
+        """
+        stage = PackedLoader(self.shards, seq_len, self.seed, self.eot_id)
+        stage._first_epoch, first = self._locate(consumed)
+        stage._opening = unseen(self._plan(stage._first_epoch), first, self.shards.offsets)
+        stage._plan.cache_clear()
+        stage._num_opening = stage._plan(stage._first_epoch).num_sequences
+        return stage
+
     def samples_per_epoch(self) -> int:
-        """The same in every epoch: packing depends on the lengths of the documents alone."""
+        """The same in every whole epoch: packing depends on the lengths of the documents alone."""
         return self._num_samples
 
-    def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples first_sample … first_sample + count - 1 of the run, as count * seq_len tokens."""
-        pieces, sample, end = [], first_sample, first_sample + count
+    def describe(self, samples: int) -> str:
+        """How often that many samples show the corpus, for the person who starts a run."""
+        return f"{samples / self._num_samples:.2f} epochs"
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples first … first + count - 1 of the run (or stage), as count * seq_len tokens."""
+        pieces, sample, end = [], first, first + count
         while sample < end:
-            epoch, first = divmod(sample, self._num_samples)
-            last = min(first + end - sample, self._num_samples)
-            pieces.append(_pieces(self._plan(epoch), first, last))
-            sample += last - first
+            epoch, index = self._locate(sample)
+            plan = self._plan(epoch)
+            stop = min(index + end - sample, plan.num_sequences)
+            pieces.append(_pieces(plan, index, stop))
+            sample += stop - index
         start, length = map(np.concatenate, zip(*pieces, strict=True))
         return _assemble(self.shards.tokens, start, length, self.eot_id)
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        """The epoch of a sample and its place in it."""
+        if sample < self._num_opening:
+            return self._first_epoch, sample
+        epochs, index = divmod(sample - self._num_opening, self._num_samples)
+        return self._first_epoch + 1 + epochs, index
+
+    def _make_plan(self, epoch: int) -> Plan:
+        offsets = self.shards.offsets
+        documents = self._opening if epoch == self._first_epoch else (offsets[:-1], offsets[1:])
+        return plan_epoch(*documents, self.seq_len, self.seed, epoch)
 
 
 def validation_batches(
@@ -56,7 +86,7 @@ def validation_batches(
     early, after a whole number of sequences and at least one.
     """
     check(shards, seq_len, eot_id)
-    plan = plan_epoch(shards.offsets, seq_len)
+    plan = plan_epoch(shards.offsets[:-1], shards.offsets[1:], seq_len)
     count = plan.num_sequences
     if max_tokens is not None:
         count = min(count, max(1, max_tokens // seq_len))

@@ -31,22 +31,24 @@ class Plan(NamedTuple):
         return len(self.first_piece) - 1
 
 
-def plan_epoch(offsets: np.ndarray, seq_len: int, seed: int | None = None, epoch: int = 0) -> Plan:
-    """Places every token of the corpus in exactly one sequence of `seq_len` tokens.
+def plan_epoch(
+    starts: np.ndarray, ends: np.ndarray, seq_len: int, seed: int | None = None, epoch: int = 0
+) -> Plan:
+    """Places every token of some documents in exactly one sequence of `seq_len` tokens.
 
     Args:
-        offsets: int64 [N + 1], where each document starts in the token file, and its end.
+        starts, ends: int64 [N], where each document lies in the token file.
         seed: documents meet, and sequences follow each other, in an order drawn from (seed, epoch);
             None keeps the order of the file.
     """
-    lengths = np.diff(offsets)
+    lengths = ends - starts
     wholes = lengths // seq_len
     within = np.arange(wholes.sum()) - np.repeat(np.cumsum(wholes) - wholes, wholes)
-    whole_start = np.repeat(offsets[:-1], wholes) + seq_len * within
+    whole_start = np.repeat(starts, wholes) + seq_len * within
 
     documents = _order(len(lengths), seed, epoch, stream=0)
     rest = (lengths % seq_len)[documents]
-    rest_start = offsets[1:][documents] - rest
+    rest_start = ends[documents] - rest
     rest, rest_start = rest[rest > 0], rest_start[rest > 0]
     bins = best_fit(rest, seq_len)
     room = seq_len - np.bincount(bins, weights=rest).astype(np.int64)
@@ -61,6 +63,26 @@ def plan_epoch(offsets: np.ndarray, seq_len: int, seed: int | None = None, epoch
     pieces = np.argsort(rank, kind="stable")
     first_piece = np.concatenate([[0], np.cumsum(np.bincount(rank))])
     return Plan(start[pieces], length[pieces], first_piece)
+
+
+def unseen(plan: Plan, consumed: int, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The text of a plan's sequences from number `consumed` on, as starts and ends, int64 [M] each.
+
+    Pieces of one document that touch are one again, so that longer sequences can hold more of it.
+
+    Args:
+        offsets: int64 [N + 1], where each document starts in the token file, and its end.
+    """
+    pieces = slice(plan.first_piece[consumed], None)
+    text = plan.start[pieces] != PADDING
+    starts = plan.start[pieces][text]
+    ends = starts + plan.length[pieces][text]
+    order = np.argsort(starts)
+    starts, ends = starts[order], ends[order]
+    opens = offsets[np.searchsorted(offsets, starts)] == starts
+    opens[1:] |= starts[1:] != ends[:-1]
+    opens[:1] = True
+    return starts[opens], ends[np.append(opens[1:], True)]
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:

@@ -130,3 +130,30 @@ def test_batches_come_at_ten_million_tokens_a_second():
     for i in range(20):
         loader.batch(8 * i, 8)
     assert 20 * 8 * 8192 / (time.process_time() - start) > 10e6  # some 200e6 on an idle core
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, st.lists(st.tuples(st.integers(2, 30), st.integers(0, 25)), min_size=1, max_size=3))
+def test_stages_show_nothing_twice_before_all_is_seen(lengths, stages):
+    """Stages of any lengths, broken off anywhere: each epoch is whole, and the next one begins."""
+    shards = shards_of(lengths)
+    loader, text = PackedLoader(shards, 8, 1, EOT), []
+    for seq_len, samples in stages:
+        if samples:
+            text += text_of(loader.batch(0, samples), shards, loader.seq_len)
+        loader = loader.next_stage(seq_len, samples)
+    rest = -len(text) % shards.num_tokens or shards.num_tokens
+    sample = 0
+    while rest > 0:
+        new = text_of(loader.batch(sample, 1), shards, loader.seq_len)
+        text, rest, sample = text + new, rest - len(new), sample + 1
+    assert rest == 0
+    every = sorted(shards.tokens[:-1].tolist())
+    for epoch in range(0, len(text), len(every)):
+        assert sorted(text[epoch : epoch + len(every)]) == every
+
+
+def test_a_longer_stage_joins_what_a_shorter_one_cut():
+    shards = shards_of([1000])
+    loader = PackedLoader(shards, 10, 0, EOT).next_stage(500, consumed=1)
+    assert loader.batch(0, 2).max_seqlen > 300

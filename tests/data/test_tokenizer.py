@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 import data.tokenizer
 from data.tokenizer import (
     END_OF_TEXT,
+    Encoder,
     encode_documents,
     end_of_text_id,
     fingerprint,
@@ -38,30 +39,70 @@ def test_a_text_that_spells_the_special_token_ends_nothing(tokenizer):
     assert tokenizer.decode(tokens[1:]) == text
 
 
-@given(st.text(alphabet="ab 1.\n'é", max_size=400))
-@settings(max_examples=100, deadline=None)
-def test_pieces_have_the_tokens_of_the_whole(tokenizer, text):
-    text = "it's the fox; " * 3 + text + " the dog" * 3
+PUNCTUATION = st.text(alphabet="ab 1_.-(\n\t'’é語<", max_size=400)
+
+
+@given(st.lists(PUNCTUATION | ANY_TEXT, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_words_have_the_tokens_of_the_whole(tokenizer, texts):
+    """However long the words it remembers get, and however short the blocks that it works on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.tokenizer, "PIECE", 16)
-        patch.setattr(data.tokenizer, "BATCH", 40)
-        documents = list(encode_documents(tokenizer, [text, "", text]))
-    for tokens, num_bytes in (documents[0], documents[2]):
-        assert tokenizer.decode(tokens[1:]) == text and num_bytes == len(text.encode())
-    assert documents[1][0].tolist() == [end_of_text_id(tokenizer)]
+        patch.setattr(data.tokenizer, "KNOWN", 50)
+        encode = Encoder(tokenizer)
+        for text in texts:
+            assert encode(text)[1:].tolist() == tokenizer.encode(text).ids
+        patch.setattr(data.tokenizer, "BLOCK", 16)
+        for text in texts:
+            assert tokenizer.decode(encode(text)[1:]) == text
 
 
-def test_a_novel_in_pieces_has_the_tokens_of_the_whole(tokenizer):
+def test_a_long_text_has_the_tokens_of_the_whole(tokenizer):
     text = "".join(f"The {i}. time, don't\tyou   know:\n\n  fox " for i in range(12_000))
-    assert len(text) > 4 * data.tokenizer.PIECE
+    assert len(text) > 3 * data.tokenizer.BLOCK
     ((tokens, _),) = encode_documents(tokenizer, [text])
     assert tokens[1:].tolist() == tokenizer.encode(text).ids
 
 
-def test_text_without_spaces_is_cut_all_the_same(tokenizer):
-    text = "語" * 5 * data.tokenizer.PIECE
+def test_text_without_words_is_cut_where_it_stands(tokenizer):
+    text = "語" * 3 * data.tokenizer.BLOCK
     ((tokens, num_bytes),) = encode_documents(tokenizer, [text])
     assert tokenizer.decode(tokens[1:]) == text and num_bytes == 3 * len(text)
+
+
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@given(st.lists(PUNCTUATION | ANY_TEXT, max_size=4))
+@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("pattern", [None, CL100K])
+def test_foreign_word_patterns_give_their_own_tokens(tokenizer, pattern, texts):
+    """GPT-2's, and that of GPT-4 and Llama 3, with a token over two words that one of us added."""
+    foreign = Tokenizer.from_str(tokenizer.to_str())
+    foreign.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern is not None:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        foreign.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+    foreign.add_tokens(["<b a>"])
+    foreign.encode_special_tokens = True
+    encode = Encoder(foreign)
+    for text in [*texts, "a<b a>b"]:
+        assert encode(text)[1:].tolist() == foreign.encode(text).ids
+
+
+def test_a_tokenizer_without_words_gives_its_own_tokens():
+    foreign = byte_level()
+    alphabet = foreign.get_vocab()
+    foreign.model = models.BPE(alphabet | {"dĠ": 256, "dĠt": 257}, [("d", "Ġ"), ("dĠ", "t")])
+    foreign.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    foreign.add_special_tokens([END_OF_TEXT])
+    foreign.no_truncation()
+    foreign.no_padding()
+    tokens = Encoder(foreign)("red tea")
+    assert tokens[1:].tolist() == foreign.encode("red tea").ids and 257 in tokens
 
 
 def test_digits_stand_alone(tokenizer):

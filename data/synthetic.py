@@ -1,0 +1,231 @@
+"""Long-context tasks made while training: sample i is the same for everyone who asks for it.
+
+Statements are hidden in running text, or a passage stands at a document's start, and the document
+ends with what only a reader of the whole can go on with. The wordings, names and numbers here are
+for training; none is among those that eval/ asks for.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from data.batch import Batch
+from data.shards import TokenShards
+from data.tokenizer import end_of_text_id, vocab_size
+
+SHORTEST = 512  # tokens of a document, which hold one statement and its question in any tokenizer
+TOKENS_PER_ITEM = 200  # of the document, for each statement: even when every byte is a token
+MOST_ITEMS = 64
+
+PASSKEYS = (
+    ("Keep this code in mind: {value}.", "The code to keep in mind was"),
+    ("To open the gate, type {value}.", "The gate opens when you type"),
+    ("Note for later: the access number is {value}.", "The access number noted earlier is"),
+    ("(By the way, the combination of the lock is {value}.)", "The lock's combination is"),
+)
+NEEDLES = (
+    ("{key} lives at house number {value}.", "The house number of {key} is"),
+    ("The telephone of {key} rings at {value}.", "To call {key}, dial"),
+    ("In the ledger, {key} is listed under {value}.", "The ledger lists {key} under"),
+    ("{key} paid exactly {value} coins.", "The coins paid by {key} number exactly"),
+    ("Locker {value} belongs to {key}.", "{key} owns locker"),
+    ("The password that {key} chose is {value}.", "{key} chose the password"),
+    ("According to the register, {key} arrived on ship {value}.", "{key} arrived on ship"),
+    ("Parcel {value} is addressed to {key}.", "The parcel addressed to {key} is"),
+)
+COPY = ("\n\nThe same once more, from the beginning:\n\n", "\n\n=== copy ===\n\n", "\n\nAgain:\n")
+ONSETS = "b br d dr f g gr h j k kl l m n p pr r s st t tr v w z".split()
+VOWELS = "a e i o u ai ea oo".split()
+CODAS = ["", "", "l", "n", "r", "s", "x"]
+
+
+def made_up_name(rng: random.Random) -> str:
+    """Such as Trano-Velix: two made-up words, which no list of real words holds."""
+    return "-".join(
+        "".join(rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in "ab").title()
+        for _ in "ab"
+    )
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randrange(10**3, 10 ** rng.randint(4, 9)))
+
+
+def _pairs(rng: random.Random, count: int) -> dict[str, str]:
+    """Different names with a number each."""
+    pairs: dict[str, str] = {}
+    while len(pairs) < count:
+        pairs[made_up_name(rng)] = _number(rng)
+    return pairs
+
+
+def passkey(rng: random.Random, _: int) -> tuple[list[str], str]:
+    """One number to remember."""
+    statement, question = rng.choice(PASSKEYS)
+    value = _number(rng)
+    return [statement.format(value=value)], f"{question} {value}."
+
+
+def needle(rng: random.Random, most: int) -> tuple[list[str], str]:
+    """Facts in several wordings, of which some are asked for."""
+    facts = []
+    for key, value in _pairs(rng, rng.randint(1, most)).items():
+        statement, question = rng.choice(NEEDLES)
+        question = f"{question.format(key=key)} {value}."
+        facts.append((statement.format(key=key, value=value), question))
+    asked = rng.sample(facts, rng.randint(1, len(facts)))
+    return [statement for statement, _ in facts], " ".join(question for _, question in asked)
+
+
+def recall(rng: random.Random, most: int) -> tuple[list[str], str]:
+    """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): every key is asked for."""
+    pairs = list(_pairs(rng, rng.randint(1, most)).items())
+    statements = [f"{key} -> {value};" for key, value in pairs]
+    return statements, " ".join(
+        f"{key} -> {value};" for key, value in rng.sample(pairs, len(pairs))
+    )
+
+
+def variables(rng: random.Random, most: int) -> tuple[list[str], str]:
+    """Chains of assignments; the answer is every name that ends up with one chain's value."""
+    names = iter(_pairs(rng, rng.randint(1, most)).items())
+    chains: list[tuple[str, list[str]]] = []
+    statements = []
+    for name, value in names:
+        if not chains or rng.random() < 0.25:
+            chains.append((value, [name]))
+            statements.append(f"let {name} be {value}.")
+        else:
+            _, chain = rng.choice(chains)
+            statements.append(f"let {name} be the same as {chain[-1]}.")
+            chain.append(name)
+    value, chain = rng.choice(chains)
+    return statements, f"The names that came to be {value}: {', '.join(chain)}."
+
+
+# Each: (rng, greatest number of statements) -> statements, in their order, and the document's end.
+TASKS: dict[str, Callable[[random.Random, int], tuple[list[str], str]] | None] = {
+    "passkey": passkey,
+    "needle": needle,
+    "recall": recall,
+    "variables": variables,
+    "copy": None,  # of tokens, not of sentences: SyntheticLoader._copy
+}
+
+
+class SyntheticLoader:
+    """Random access to an endless run of samples, each `seq_len` tokens of whole documents.
+
+    Attributes:
+        padding_share: 0, as documents are made to measure.
+    """
+
+    padding_share = 0.0
+
+    def __init__(
+        self, haystack: TokenShards, tokenizer: Tokenizer, tasks: Sequence[str], seq_len: int,
+        seed: int, skipped: int = 0,
+    ):  # fmt: skip
+        """
+        Args:
+            haystack: the text that things are hidden in.
+            tasks: names in TASKS, equally often.
+            skipped: samples that earlier stages took, which don't come again.
+        """
+        if seq_len < SHORTEST:
+            raise ValueError(f"seq_len={seq_len}: synthetic tasks need {SHORTEST} tokens or more")
+        self.haystack, self.tokenizer, self.tasks = haystack, tokenizer, tasks
+        self.seq_len, self.seed, self.skipped = seq_len, seed, skipped
+        self.eot_id = end_of_text_id(tokenizer)
+
+    def next_stage(self, seq_len: int, consumed: int) -> "SyntheticLoader":
+        return SyntheticLoader(
+            self.haystack, self.tokenizer, self.tasks, seq_len, self.seed, self.skipped + consumed
+        )
+
+    def describe(self, samples: int) -> str:
+        return f"{samples:,} samples"
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Samples first … first + count - 1, as count * seq_len tokens."""
+        samples = range(self.skipped + first, self.skipped + first + count)
+        documents = [document for sample in samples for document in self.sample(sample)]
+        tokens = np.concatenate([*documents, [self.eot_id]])
+        lengths = np.array([len(document) for document in documents])
+        ends = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
+        return Batch(
+            *map(torch.from_numpy, (tokens[:-1], tokens[1:].copy(), positions)),
+            torch.from_numpy(ends.astype(np.int32)),
+            int(lengths.max()),
+        )
+
+    def sample(self, number: int) -> list[np.ndarray]:
+        """The documents of a sample, int64 each, end-of-text first; seq_len tokens in all.
+
+        Their lengths are spread evenly over the powers of two up to the whole sequence.
+        """
+        rng = random.Random(f"{self.seed}/{number}")
+        documents, left = [], self.seq_len
+        while left:
+            length = round(SHORTEST * (left / SHORTEST) ** rng.random())
+            if left - length < SHORTEST:
+                length = left
+            documents.append(self._document(rng, length))
+            left -= length
+        return documents
+
+    def _document(self, rng: random.Random, length: int) -> np.ndarray:
+        task = TASKS[rng.choice(self.tasks)]
+        start = rng.randrange(self.haystack.num_tokens)
+        if task is None:
+            return self._copy(rng, start, length)
+        statements, ending = task(rng, min(MOST_ITEMS, length // TOKENS_PER_ITEM))
+        statements = [self._encode(" " + statement) for statement in statements]
+        ending = self._encode("\n\n" + ending)
+        room = length - 1 - sum(map(len, statements)) - len(ending)
+        text = self._text(start, room)
+        cuts = [self._sentence_end(text, rng.randint(0, room)) for _ in statements]
+        parts, before = [np.array([self.eot_id])], 0
+        for cut, statement in zip(sorted(cuts), statements, strict=True):
+            parts += [text[before:cut], statement]
+            before = cut
+        return np.concatenate([*parts, text[before:], ending])
+
+    def _copy(self, rng: random.Random, start: int, length: int) -> np.ndarray:
+        """A passage, some text between, and the passage again."""
+        again = self._encode(rng.choice(COPY))
+        room = length - 1 - len(again)
+        size = rng.randint(room // 8, room // 2)
+        text = self._text(start, room - size)
+        return np.concatenate([[self.eot_id], text, again, text[:size]])
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _text(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from `start` on, without ends of text; the file's end meets its start."""
+        parts, found = [], 0
+        while found < count:
+            stretch = np.arange(start, start + count - found + 64)
+            tokens = self.haystack.tokens.take(stretch, mode="wrap").astype(np.int64)
+            parts.append(tokens[tokens != self.eot_id][: count - found])
+            start, found = start + len(stretch), found + len(parts[-1])
+        return np.concatenate(parts)
+
+    @cached_property
+    def _ends_sentence(self) -> np.ndarray:
+        """bool [vocab_size]: tokens that end a sentence or a line (written Ċ in a vocabulary)."""
+        ends = np.zeros(vocab_size(self.tokenizer), bool)
+        for token, i in self.tokenizer.get_vocab().items():
+            ends[i] = token.endswith((".", "!", "?", "Ċ"))
+        return ends
+
+    def _sentence_end(self, text: np.ndarray, place: int) -> int:
+        """The first end of a sentence from `place` on, or `place` where none is near."""
+        near = np.flatnonzero(self._ends_sentence[text[place : place + 256]])
+        return place + int(near[0]) + 1 if len(near) else place

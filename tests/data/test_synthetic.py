@@ -1,0 +1,127 @@
+import ast
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from data.config import ROOT
+from data.shards import ShardWriter
+from data.synthetic import COPY, SHORTEST, TASKS, SyntheticLoader, made_up_name
+from data.tokenizer import encode_documents, end_of_text_id, fingerprint, vocab_size
+from eval import needle
+
+
+@pytest.fixture(scope="module")
+def haystack(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("haystack") / "train"
+    writer = ShardWriter(
+        folder, vocab_size(tokenizer), end_of_text_id(tokenizer), fingerprint(tokenizer)
+    )
+    texts = [f"The {i}. fox jumps over the lazy dog. It is quick.\n" * 5 for i in range(40)]
+    for tokens, num_bytes in encode_documents(tokenizer, texts):
+        writer.add(tokens, num_bytes)
+    return writer.close()
+
+
+@pytest.fixture
+def loader(haystack, tokenizer):
+    def make(tasks=tuple(TASKS), seq_len=2048, seed=0):
+        return SyntheticLoader(haystack, tokenizer, tasks, seq_len, seed)
+
+    return make
+
+
+def documents(loader, tokenizer, samples=20):
+    """Texts of the documents, after checking what the batch promises."""
+    batch = loader.batch(0, samples)
+    ends = batch.cu_seqlens.tolist()
+    assert ends[-1] == len(batch.tokens) == samples * loader.seq_len
+    assert set(range(0, ends[-1] + 1, loader.seq_len)) <= set(ends)
+    eot = end_of_text_id(tokenizer)
+    texts = []
+    for start, end in zip(ends, ends[1:], strict=False):
+        tokens = batch.tokens[start:end]
+        assert (tokens == eot).sum() == 1 and tokens[0] == eot
+        assert batch.positions[start:end].tolist() == list(range(end - start))
+        assert torch.equal(batch.targets[start:end], torch.cat([tokens[1:], torch.tensor([eot])]))
+        assert SHORTEST <= end - start <= batch.max_seqlen
+        texts.append(tokenizer.decode(tokens[1:].tolist()))
+    return texts
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_what_is_asked_can_be_read_in_the_document(loader, tokenizer, task):
+    lengths = set()
+    for text in documents(loader([task]), tokenizer):
+        if task == "copy":
+            (mark,) = [mark for mark in COPY if mark in text]
+            passage, again = text.split(mark)
+            assert len(again) > 30 and passage.startswith(again)
+            continue
+        body, ending = text.rsplit("\n\n", 1)
+        assert "fox jumps" in body and "fox" not in ending
+        if task == "variables":
+            value, names = re.fullmatch(r"The names that came to be (\d+): (.*)\.", ending).groups()
+            given = dict(re.findall(r"let (\S+) be (?:the same as )?(\S+)\.", body))
+
+            def resolve(name, given=given):
+                return resolve(given[name]) if name in given else name
+
+            assert {name for name in given if resolve(name) == value} == set(names.split(", "))
+        else:
+            for answer in re.findall(r"\d{4,}", ending):
+                assert len(re.findall(rf"\b{answer}\b", body)) == 1
+        lengths.add(len(text))
+    assert task == "copy" or len(lengths) > 10
+
+
+def test_the_same_sample_whoever_asks_and_whenever(loader):
+    whole = loader().batch(3, 4)
+    assert torch.equal(whole.tokens, torch.cat([loader().batch(i, 1).tokens for i in range(3, 7)]))
+    assert not torch.equal(loader(seed=1).batch(3, 4).tokens, whole.tokens)
+    assert not torch.equal(loader().batch(0, 1).tokens, loader().batch(1, 1).tokens)
+
+
+def test_stages_go_on_with_new_samples(loader):
+    first, later = loader(seq_len=1024), loader(seq_len=1024).next_stage(1024, consumed=5)
+    assert torch.equal(later.batch(0, 2).tokens, first.batch(5, 2).tokens)
+    assert later.next_stage(2048, 3).batch(0, 1).max_seqlen <= 2048
+
+
+def test_a_short_sequence_is_refused(loader):
+    with pytest.raises(ValueError, match="synthetic tasks need 512 tokens"):
+        loader(seq_len=256)
+
+
+def four_words(text: str) -> set[tuple[str, ...]]:
+    """Every four words in a row, placeholders aside."""
+    words = re.findall(r"[a-z]+", re.sub(r"\{.*?\}", " ", text.lower()))
+    return {tuple(words[i : i + 4]) for i in range(len(words) - 3)}
+
+
+def strings(*paths):
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text())))
+    constants = (node.value for node in nodes if isinstance(node, ast.Constant))
+    return [value for value in constants if isinstance(value, str)]
+
+
+def test_training_and_evaluation_share_no_wording_and_no_key():
+    """Against every string in eval/, whatever it is for."""
+    evaluated = set().union(*map(four_words, strings(*(ROOT / "eval").glob("*.py"))))
+    assert len(evaluated) > 100
+    for string in strings(ROOT / "data/synthetic.py"):
+        assert not four_words(string) & evaluated, string
+    rng = random.Random(0)
+    names = {made_up_name(rng) for _ in range(20_000)}
+    assert len(names) > 19_000 and all("-" in name for name in names)
+    assert not any("-" in word for word in needle.WORDS)
+
+
+def test_depths_are_spread_over_the_document(loader, tokenizer):
+    depths = []
+    for text in documents(loader(["passkey"], seq_len=1024), tokenizer, samples=60):
+        number = re.findall(r"\d{4,}", text)[-1]
+        depths.append(text.index(number) / len(text))
+    assert np.quantile(depths, 0.2) < 0.35 and np.quantile(depths, 0.8) > 0.6
