@@ -7,7 +7,7 @@ ValueError: tokenizer.vocab_sise: unknown key; did you mean tokenizer.vocab_size
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -43,25 +43,124 @@ class ValidationConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class HubConfig:
+    """A dataset on the Hugging Face hub, or a folder that holds a copy of one, for `datasets`."""
+
     name: str
-    path: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = True
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text of the user's own (path) or of the hub; where both are set, path is the copy to read."""
+
+    name: str
     validation: ValidationConfig
+    path: str | None = None
+    hub: HubConfig | None = None
     text_field: str = "text"
+    drop_near_duplicates: bool = False
+    max_tokens: int | None = None
+
+    def __post_init__(self):
+        if self.path is None and self.hub is None:
+            raise ValueError("data.path: null is nothing to read; set it to a file, folder or glob")
+
+
+@dataclass(frozen=True)
+class ShardsConfig:
+    """Tokens that are there already: a folder that data/prepare.py made."""
+
+    name: str
+    shards: str
+
+
+@dataclass(frozen=True)
+class SyntheticConfig:
+    """Tasks made while training, hidden in the text of another source of the mixture."""
+
+    name: str
+    tasks: list
+    haystack: str | None = None
+
+
+@dataclass(frozen=True)
+class MixtureConfig:
+    """Several sources, each with its share of the training tokens."""
+
+    name: str
+    sources: dict
+    weights: dict
+
+
+SourceConfig = TextConfig | ShardsConfig | SyntheticConfig
+
+
+def data_config(mapping: Mapping, where: str = "data") -> MixtureConfig | SourceConfig:
+    """The data group as the dataclass of its kind: the one whose key it has.
+
+    Raises:
+        ValueError: as from_config does; or the sources of a mixture don't fit together.
+    """
+    if OmegaConf.is_config(mapping):
+        mapping = OmegaConf.to_container(mapping, resolve=True)
+    kinds = {"sources": MixtureConfig, "shards": ShardsConfig, "tasks": SyntheticConfig}
+    kind = next((kinds[key] for key in kinds if key in mapping), TextConfig)
+    config = from_config(kind, mapping, where)
+    if kind is not MixtureConfig:
+        return config
+    sources = {
+        name: data_config(source, f"{where}.sources.{name}")
+        for name, source in config.sources.items()
+    }
+    texts = [name for name, source in sources.items() if isinstance(source, TextConfig)]
+    if not texts:
+        raise ValueError(f"{where}.sources: at least one of them must be text")
+    for name, source in sources.items():
+        if isinstance(source, MixtureConfig):
+            raise ValueError(f"{where}.sources.{name}: is a mixture; name its sources themselves")
+        if isinstance(source, SyntheticConfig):
+            haystack = texts[0] if source.haystack is None else source.haystack
+            if haystack not in texts:
+                raise ValueError(
+                    f"{where}.sources.{name}.haystack: {haystack!r} is no source of text here; "
+                    f"these are: {', '.join(texts)}"
+                )
+            sources[name] = replace(source, haystack=haystack)
+    check_weights(config.weights, list(sources))
+    return replace(config, sources=sources)
+
+
+def check_weights(weights: Mapping[str, float], names: list[str]) -> None:
+    """Raises ValueError for weights that are no shares of these sources."""
+    for name, weight in weights.items():
+        if name not in names:
+            raise ValueError(
+                f"data.weights.{name}: there is no such source, only {', '.join(names)}"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
+            raise ValueError(f"data.weights.{name}: {weight!r} isn't a number from 0 up")
+    if not any(weights.values()):
+        raise ValueError(f"data.weights: every source has weight 0; give one to {names[0]}, say")
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Exactly one of the two is set."""
+    """Exactly one of the three is set; revision goes with hub."""
 
     vocab_size: int | None = None
     path: str | None = None
+    hub: str | None = None
+    revision: str | None = None
 
     def __post_init__(self):
-        if (self.vocab_size is None) == (self.path is None):
+        if (self.vocab_size, self.path, self.hub).count(None) != 2:
             raise ValueError(
-                "tokenizer: set exactly one of vocab_size (train one on the data) and path "
-                "(load a tokenizer.json)"
+                "tokenizer: set exactly one of vocab_size (train one on the data), path (load a "
+                "tokenizer.json) and hub (one by name)"
             )
 
 

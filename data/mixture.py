@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from data.batch import Batch, concatenate
+from data.config import check_weights
 
 PERIOD = 10_000  # samples after which the order of the sources repeats: a weight's precision
 
@@ -76,18 +77,6 @@ class MixedLoader:
         """How many of the first `samples` samples each source in use has given."""
         periods, rest = divmod(samples, PERIOD)
         return periods * self._quotas + self._before[rest]
-
-
-def check_weights(weights: Mapping[str, float], names: list[str]) -> None:
-    for name, weight in weights.items():
-        if name not in names:
-            raise ValueError(
-                f"data.weights.{name}: there is no such source, only {', '.join(names)}"
-            )
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
-            raise ValueError(f"data.weights.{name}: {weight!r} isn't a number from 0 up")
-    if not any(weights.values()):
-        raise ValueError(f"data.weights: every source has weight 0; give one to {names[0]}, say")
 
 
 def apportion(shares: np.ndarray, total: int) -> np.ndarray:

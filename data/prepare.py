@@ -1,20 +1,15 @@
-"""From text files to a tokenizer and token shards, once.
+"""From text to a tokenizer and token shards, once.
 
     python data/prepare.py data=folder data.path=~/books
 
 It makes outputs/data/<name>-<key>/ with tokenizer.json, train/, validation/ (data.shards) and
-summary.json. The key is drawn from the config and from the names, sizes and times of the source
-files: asked again for the same, it opens what is there. Training calls `prepare` itself.
+summary.json; for a mixture one such folder for each source of text, and one with mixture.json and
+the validation of all. The key is drawn from the config, the tokenizer, and the names, sizes and
+times of the source files: asked again for the same, it opens what is there; interrupted, it goes on
+where it was. Training calls `prepare` itself.
 """
 
-import hashlib
-import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -22,138 +17,286 @@ if __name__ == "__main__":
     # front of a module of the standard library.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict
+
 import hydra
-import numpy as np
 from filelock import FileLock
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from data.config import (
-    DataConfig,
+    MixtureConfig,
+    ShardsConfig,
+    SyntheticConfig,
+    TextConfig,
     TokenizerConfig,
     check_root,
     command_line,
+    data_config,
     from_config,
     resolve_path,
 )
+from data.corpus import Corpus
+from data.duplicates import Seen
+from data.parts import Part, make_parts
 from data.shards import ShardWriter, TokenShards
-from data.split import Corpus
+from data.stages import MIXTURE
+from data.summary import describe, mixture_table, table
 from data.tokenizer import (
-    encode_documents,
+    Encoder,
     end_of_text_id,
     fingerprint,
+    hub_tokenizer,
     load_tokenizer,
     train_tokenizer,
     vocab_size,
 )
 
-VERSION = 2  # raise it when the same input gives other files
+VERSION = 3  # raise it when the same input gives other files
 TOKENIZER_BYTES = 128 << 20  # of text to train a tokenizer: the order of its words has long settled
-LONG = (8 << 10, 32 << 10, 64 << 10)
+SIDES = ("train", "validation")
 
 
 def prepare(data: Mapping, tokenizer: Mapping, root: str | os.PathLike = "outputs/data") -> Path:
-    """Prepares a corpus unless it is there already, prints its summary and returns its folder.
+    """Prepares a corpus or a mixture unless it is there, prints its summary, returns its folder.
 
-    Any number of processes may call it at once: one works while the others wait, and the folder
+    Any number of processes may call it at once: one works while the others wait, and a folder
     appears under its name only when it is whole.
 
     Args:
-        data, tokenizer: the config groups of these names (data.config.DataConfig, TokenizerConfig).
+        data, tokenizer: the config groups of these names (data.config).
         root: where prepared data lives; relative to the repository root.
 
     Raises:
-        ValueError, FileNotFoundError: one sentence on what is wrong in the config or in which file.
+        ValueError, OSError: one sentence on what is wrong in the config or in which file.
     """
-    config = from_config(DataConfig, data, "data")
+    config = data_config(data)
     tokenizer_config = from_config(TokenizerConfig, tokenizer, "tokenizer")
-    corpus = Corpus(config)
-    tokenizer_stamp = asdict(tokenizer_config)
-    if tokenizer_config.path is not None:
-        tokenizer_stamp["path"] = fingerprint(load_tokenizer(resolve_path(tokenizer_config.path)))
-    key = json.dumps([VERSION, asdict(config), tokenizer_stamp, corpus.stamp])
     root = resolve_path(os.fspath(root))
-    folder = root / f"{config.name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{folder.name}.lock"):
-        if not folder.exists():
-            for abandoned in root.glob(f".{folder.name}.*.partial"):
-                shutil.rmtree(abandoned)
-            partial = Path(tempfile.mkdtemp(".partial", f".{folder.name}.", root))
-            try:
-                _build(corpus, config, tokenizer_config, partial)
-                partial.chmod(0o755)  # mkdtemp keeps others out
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    _check(folder)
-    if os.environ.get("RANK", "0") == "0":
-        print(_table(folder, json.loads((folder / "summary.json").read_text())), flush=True)
+    if isinstance(config, SyntheticConfig):
+        raise ValueError(
+            "data: synthetic tasks need text to hide in; mix them with some, as data=novels_and_tasks "
+            "does"
+        )
+    if isinstance(config, MixtureConfig):
+        return _prepare_mixture(config, tokenizer_config, root)
+    if isinstance(config, ShardsConfig):
+        made_by = _tokenizer(tokenizer_config, {}, root)
+        folder = _shards_of(config, fingerprint(made_by), "data")
+    else:
+        corpus = Corpus(config, "data")
+        made_by = _tokenizer(tokenizer_config, {"data": (config, corpus)}, root)
+        folder = _prepare_text(config, corpus, made_by, root)
+    _say(table, folder)
     return folder
 
 
-def _build(corpus: Corpus, config: DataConfig, tokenizer_config: TokenizerConfig, folder: Path):
-    cache = folder / "cache"
-    split = corpus.split(cache)
-    if tokenizer_config.path is not None:
-        tokenizer = load_tokenizer(resolve_path(tokenizer_config.path))
-    else:
-        texts = _progress(_first_bytes(split.train(), TOKENIZER_BYTES), "training the tokenizer")
-        tokenizer = train_tokenizer(texts, tokenizer_config.vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    sides = {}
-    for side, texts in (("train", split.train()), ("validation", split.validation())):
-        texts = _progress(texts, f"tokenizing: {side}")
-        sides[side] = _describe(_write(tokenizer, texts, folder / side, config))
-    shutil.rmtree(cache)
-    summary = {
-        "name": config.name,
-        "path": config.path,
-        "files": len(corpus.files) + len(corpus.validation_files),
-        "ignored_files": dict(corpus.ignored.most_common()),
-        "split": split.description,
-        "tokenizer": {
-            "fingerprint": fingerprint(tokenizer),
-            "vocab_size": vocab_size(tokenizer),
-            "asked_vocab_size": tokenizer_config.vocab_size,
-        },
-        **sides,
+def _prepare_mixture(config: MixtureConfig, tokenizer_config: TokenizerConfig, root: Path) -> Path:
+    corpora = {
+        name: (source, Corpus(source, f"data.sources.{name}"))
+        for name, source in config.sources.items()
+        if isinstance(source, TextConfig)
     }
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    tokenizer = _tokenizer(tokenizer_config, corpora, root)
+    mixture: dict = {"weights": config.weights, "sources": {}}
+    for name, source in config.sources.items():
+        if isinstance(source, SyntheticConfig):
+            mixture["sources"][name] = {"tasks": source.tasks, "haystack": source.haystack}
+            continue
+        if isinstance(source, TextConfig):
+            folder = _prepare_text(source, corpora[name][1], tokenizer, root)
+        else:
+            folder = _shards_of(source, fingerprint(tokenizer), f"data.sources.{name}")
+        mixture["sources"][name] = {"folder": str(folder)}
+
+    def build(partial: Path) -> None:
+        tokenizer.save(str(partial / "tokenizer.json"))
+        writer = _writer(partial / "validation", tokenizer)
+        summaries = {}
+        for name, source in mixture["sources"].items():
+            summaries[name] = source
+            if "folder" in source:
+                held_out = TokenShards.open(Path(source["folder"]) / "validation")
+                for i in range(held_out.num_documents):
+                    writer.add(held_out.document(i), held_out.document_bytes(i))
+                summaries[name] = json.loads((Path(source["folder"]) / "summary.json").read_text())
+        summary = {
+            "name": config.name,
+            "weights": config.weights,
+            "validation": describe(writer.close()),
+            "sources": summaries,
+        }
+        _write_json(partial / "summary.json", summary)
+        _write_json(partial / MIXTURE, mixture)
+
+    folder = _once(root, config.name, mixture, build)
+    _say(mixture_table, folder)
+    return folder
 
 
-def _write(tokenizer: Tokenizer, texts: Iterator[str], folder: Path, config: DataConfig):
-    eot_id, name = end_of_text_id(tokenizer), fingerprint(tokenizer)
-    writer = ShardWriter(folder, vocab_size(tokenizer), eot_id, name)
-    for tokens, num_bytes in encode_documents(tokenizer, texts):
-        writer.add(tokens, num_bytes)
-    shards = writer.close()
-    if not shards.num_documents:
-        path = config.path if folder.name == "train" else config.validation.path or config.path
-        raise ValueError(f"{folder.name}: {path} holds no text (its files are empty or blank)")
-    return shards
+def _prepare_text(config: TextConfig, corpus: Corpus, tokenizer: Tokenizer, root: Path) -> Path:
+    def build(partial: Path) -> None:
+        started, was_interrupted = time.time(), (partial / "parts").exists()
+        commit = _remembered(partial / "commit.json", corpus.commit)
+        parts = make_parts(
+            lambda position: corpus.documents(position, commit),
+            Encoder(tokenizer),
+            config.drop_near_duplicates,
+            partial / "parts",
+        )
+        tokenizer.save(str(partial / "tokenizer.json"))
+        seen, writers = Seen(), {}
+        for side in SIDES:
+            shutil.rmtree(partial / side, ignore_errors=True)
+            writers[side] = _writer(partial / side, tokenizer)
+        total, name = corpus.num_bytes, f"tokenizing {config.name}"
+        with closing(parts), _bar(name, total) as bar:
+            for part in parts:
+                bar.update(int(part.num_bytes.sum()))
+                if _add(part, writers, seen, config.max_tokens):
+                    break
+        sides = {side: writer.close() for side, writer in writers.items()}
+        for side, shards in sides.items():
+            if not shards.num_documents:
+                raise ValueError(_empty(config, side, corpus))
+        summary = {
+            "name": config.name,
+            "path": config.path or config.hub.name,
+            "commit": commit,
+            "files": len(corpus.files),
+            "ignored_files": dict(corpus.ignored),
+            "split": corpus.split,
+            "duplicates": {"equal": seen.exact, "nearly equal": seen.near},
+            "tokenizer": {
+                "fingerprint": fingerprint(tokenizer),
+                "vocab_size": vocab_size(tokenizer),
+            },
+            "seconds": None if was_interrupted else round(time.time() - started, 1),
+            "workers": len(os.sched_getaffinity(0)),
+            **{side: describe(shards) for side, shards in sides.items()},
+        }
+        _write_json(partial / "summary.json", summary)
+        shutil.rmtree(partial / "parts")
+        (partial / "commit.json").unlink()
+
+    key = [asdict(config), fingerprint(tokenizer), corpus.stamp]
+    folder = _once(root, config.name, key, build)
+    _check(folder)
+    return folder
 
 
-def _describe(shards: TokenShards) -> dict:
-    lengths = np.diff(shards.offsets)
-    return {
-        "documents": shards.num_documents,
-        "tokens": shards.num_tokens,
-        "bytes": shards.num_bytes,
-        "bytes_per_token": round(shards.num_bytes / shards.num_tokens, 3),
-        "longest_document": int(lengths.max()),
-        "share_of_tokens_in_documents_over": {
-            str(length): round(float(lengths[lengths > length].sum() / shards.num_tokens), 4)
-            for length in LONG
-        },
-    }
+def _add(part: Part, writers: dict[str, ShardWriter], seen: Seen, max_tokens: int | None) -> bool:
+    """Writes a part's documents, but none twice; True when there are tokens enough."""
+    ends = part.lengths.cumsum()
+    for i, (end, length) in enumerate(zip(ends, part.lengths, strict=True)):
+        if max_tokens is not None and writers["train"].num_tokens >= max_tokens:
+            return True
+        if not seen.repeats(int(part.hashes[i]), part.bands[i]):
+            side = "validation" if part.held_out[i] else "train"
+            writers[side].add(part.tokens[end - length : end], int(part.num_bytes[i]))
+    return False
+
+
+def _tokenizer(config: TokenizerConfig, corpora: dict, root: Path) -> Tokenizer:
+    """The tokenizer that a config names, or one trained on the sources, as much on each."""
+    if config.path is not None:
+        return load_tokenizer(resolve_path(config.path))
+    if config.hub is not None:
+        return hub_tokenizer(config.hub, config.revision)
+    if not corpora:
+        raise ValueError(
+            "tokenizer.vocab_size: the data is tokens already, so there is no text to train on; "
+            "set tokenizer=file tokenizer.path=… to the folder that data.shards names"
+        )
+
+    def texts() -> Iterator[str]:
+        for _, corpus in corpora.values():
+            train = (document.text for document in corpus.documents() if not document.held_out)
+            yield from _first_bytes(train, TOKENIZER_BYTES // len(corpora))
+
+    def build(partial: Path) -> None:
+        with _bar("training the tokenizer") as bar:
+            seen = (bar.update(len(text)) or text for text in texts())
+            trained = train_tokenizer(seen, config.vocab_size)
+        trained.save(str(partial / "tokenizer.json"))
+        if (size := vocab_size(trained)) < config.vocab_size:
+            note = f"tokenizer: {size:,} tokens, not {config.vocab_size:,}: no more pairs repeat"
+            print(note, file=sys.stderr)
+
+    stamps = [[asdict(source), corpus.stamp] for source, corpus in corpora.values()]
+    return load_tokenizer(_once(root, "tokenizer", [config.vocab_size, stamps], build))
+
+
+def _once(root: Path, name: str, key, build: Callable[[Path], None]) -> Path:
+    """The folder <name>-<hash of key> under root; `build` fills it, or goes on filling it."""
+    digest = hashlib.sha256(json.dumps([VERSION, key]).encode()).hexdigest()[:12]
+    folder, partial = root / f"{name}-{digest}", root / f".{name}-{digest}.partial"
+    with FileLock(root / f".{folder.name}.lock"):
+        if not folder.exists():
+            partial.mkdir(exist_ok=True)
+            build(partial)
+            partial.rename(folder)
+    return folder
+
+
+def _remembered(path: Path, find: Callable[[], str | None]) -> str | None:
+    """What `find` finds, once: an interrupted preparation goes on with the same."""
+    if not path.exists():
+        _write_json(path, find())
+    return json.loads(path.read_text())
+
+
+def _write_json(path: Path, content) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.rename(path)
+
+
+def _writer(folder: Path, tokenizer: Tokenizer) -> ShardWriter:
+    name, eot_id = fingerprint(tokenizer), end_of_text_id(tokenizer)
+    return ShardWriter(folder, vocab_size(tokenizer), eot_id, name)
+
+
+def _empty(config: TextConfig, side: str, corpus: Corpus) -> str:
+    if not corpus.files:
+        return (
+            f"{side}: no document of {config.hub.name} is for it; another data.validation.fraction "
+            "or more of data.max_tokens would help"
+        )
+    path = config.path if side == "train" else config.validation.path or config.path
+    return f"{side}: {path} holds no text (its files are empty or blank)"
+
+
+def _shards_of(config: ShardsConfig, tokenizer: str, where: str) -> Path:
+    """The folder of a source that is tokens already, if this tokenizer made it."""
+    folder = resolve_path(config.shards)
+    if not (folder / "tokenizer.json").exists():
+        raise FileNotFoundError(
+            f"{where}.shards: {folder} isn't a folder that data/prepare.py made (a tokenizer.json, "
+            "train/ and validation/)"
+        )
+    _check(folder)
+    if fingerprint(load_tokenizer(folder)) != tokenizer:
+        raise ValueError(
+            f"{where}.shards: {folder} was made by another tokenizer than this run's; set "
+            f"tokenizer=file tokenizer.path={folder}, or prepare its text anew"
+        )
+    return folder
 
 
 def _check(folder: Path) -> None:
     """Header and sizes of both sides, and that the tokenizer beside them made them."""
     name = fingerprint(load_tokenizer(folder / "tokenizer.json"))
-    for side in ("train", "validation"):
+    for side in SIDES:
         if TokenShards.open(folder / side).tokenizer != name:
             raise ValueError(
                 f"{folder / side} wasn't made by the tokenizer.json beside it; delete {folder} and "
@@ -161,39 +304,14 @@ def _check(folder: Path) -> None:
             )
 
 
-def _table(folder: Path, summary: dict) -> str:
-    sides = (summary["train"], summary["validation"])
-    rows = [("", "train", "validation")]
-    rows += [
-        (label, *(f"{side[key]:{form}}" for side in sides))
-        for label, key, form in (
-            ("documents", "documents", ","),
-            ("tokens", "tokens", ","),
-            ("bytes", "bytes", ","),
-            ("bytes per token", "bytes_per_token", ".2f"),
-            ("longest document, tokens", "longest_document", ","),
-        )
-    ]
-    rows += [
-        (
-            f"tokens in documents > {int(length) >> 10}k",
-            *(f"{side['share_of_tokens_in_documents_over'][length]:.1%}" for side in sides),
-        )
-        for length in sides[0]["share_of_tokens_in_documents_over"]
-    ]
-    lines = [f"data: {folder}", f"  {summary['split']}"]
-    if summary["ignored_files"]:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in summary["ignored_files"].items())
-        lines += [f"  left out, not a kind that is read: {kinds}"]
-    size, asked = (summary["tokenizer"][key] for key in ("vocab_size", "asked_vocab_size"))
-    note = ""
-    if asked and size < asked:
-        note = f", not {asked:,}: the text repeats no more pairs"
-    elif asked and summary["train"]["bytes"] > TOKENIZER_BYTES:
-        note = f", trained on the first {TOKENIZER_BYTES >> 20} MiB"
-    lines += [f"  vocabulary of {size:,} tokens{note}"]
-    lines += [f"  {label:<26}{train:>16}{validation:>16}" for label, train, validation in rows]
-    return "\n".join(lines)
+def _say(show: Callable[[Path, dict], str], folder: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(show(folder, json.loads((folder / "summary.json").read_text())), flush=True)
+
+
+def _bar(label: str, total: int | None = None) -> tqdm:
+    """A bar on a terminal, nothing in a log."""
+    return tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=None)
 
 
 def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:
@@ -202,14 +320,6 @@ def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:
         limit -= len(text.encode())
         if limit <= 0:
             return
-
-
-def _progress(texts: Iterator[str], label: str) -> Iterator[str]:
-    """A bar on a terminal, nothing in a log."""
-    with tqdm(desc=label, unit="B", unit_scale=True, disable=None) as bar:
-        for text in texts:
-            yield text
-            bar.update(len(text.encode()))
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="config")

@@ -101,6 +101,11 @@ class ShardWriter:
         self._file, self._sha256 = open(folder / TOKENS, "wb"), hashlib.sha256()
         self._documents = array("q", [0, 0])
 
+    @property
+    def num_tokens(self) -> int:
+        """So far."""
+        return self._documents[-2]
+
     def add(self, tokens: np.ndarray, num_bytes: int) -> None:
         """Appends a document: its tokens, end-of-text first, and the UTF-8 bytes of its text."""
         self._write(tokens)

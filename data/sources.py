@@ -1,21 +1,25 @@
-"""Documents out of files: a file, a folder or a glob, read as a stream by Hugging Face `datasets`.
+"""Documents out of files: a file, a folder, a glob or archives of them, as a stream.
 
 A text file is one document, its line ends made plain newlines; a row of jsonl or parquet is one as
-it stands. Nothing is copied, nothing is fetched, and whatever can't be read is named.
+it stands; a tar archive stands for the files in it. Nothing is copied, and whatever can't be read is
+named.
 """
 
+import gzip
+import io
 import json
 import os
-from collections import Counter, deque
+import tarfile
+from collections import Counter
 from collections.abc import Iterator
-from glob import escape, glob
-from pathlib import Path
+from glob import glob
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
-import datasets
+import pyarrow.parquet
+import zstandard
 
 from data.config import ROOT, resolve_path
-
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or each opening of a local file calls the hub
 
 TEXT = """.txt .text .md .rst .tex .org .adoc .py .pyi .c .h .cc .cpp .cxx .hpp .cu .cuh
 .rs .go .java .kt .scala .swift .cs .js .mjs .jsx .ts .tsx .rb .pl .pm .php .lua .r .jl .hs .ml .ex
@@ -24,15 +28,18 @@ FORMATS = dict.fromkeys(TEXT, "text") | {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".parquet": "parquet",
+    ".tar": "tar",
+    ".tgz": "tar",
 }
 COMPRESSED = (".gz", ".zst")
-READABLE = ".txt, .md, source code, .jsonl and .parquet (the first four also as .gz or .zst)"
+READABLE = ".txt, .md, source code, .jsonl, .tar (each also as .gz or .zst) and .parquet"
+BATCH = 64  # rows of parquet read at once: a book may be one
 
 
-def file_format(path: Path) -> str | None:
-    """ "text", "jsonl", "parquet", or None for a file that isn't read."""
+def file_format(path: PurePosixPath) -> str | None:
+    """ "text", "jsonl", "parquet", "tar", or None for a file that isn't read."""
     compressed = path.suffix.lower() in COMPRESSED
-    found = FORMATS.get((Path(path.stem) if compressed else path).suffix.lower())
+    found = FORMATS.get(PurePosixPath(path.stem if compressed else path.name).suffix.lower())
     return None if compressed and found == "parquet" else found
 
 
@@ -51,9 +58,7 @@ def find_files(path: str, where: str) -> tuple[list[Path], Counter[str]]:
         return [place], Counter()
     if place.is_dir():
         inside = (Path(folder, name) for folder, _, names in os.walk(place) for name in names)
-        files = [
-            p for p in inside if not any(x.startswith(".") for x in p.relative_to(place).parts)
-        ]
+        files = [p for p in inside if not _is_hidden(p.relative_to(place))]
     else:
         files = [Path(p) for p in glob(str(place), recursive=True) if os.path.isfile(p)]
         if not files:
@@ -67,72 +72,79 @@ def find_files(path: str, where: str) -> tuple[list[Path], Counter[str]]:
     return found, Counter(file.suffix or file.name for file in files if not file_format(file))
 
 
-def read_documents(files: list[Path], text_field: str, cache_dir: Path) -> Iterator[str]:
-    """The documents of the files: texts first, then jsonl, then parquet, each in the given order.
+def read_file(path: Path, text_field: str) -> Iterator[str]:
+    """The documents of one file, in its order.
 
     Args:
         text_field: the key (jsonl) or column (parquet) with the text; null there is an empty text.
-        cache_dir: where `datasets` puts its lock files.
 
     Raises:
-        ValueError: a file can't be read, isn't UTF-8 or lacks the field; the message names it.
+        ValueError: it can't be read, isn't UTF-8 or lacks the field; the message names the file.
     """
-    readers = {"text": _read_texts, "jsonl": _read_jsonl, "parquet": _read_parquet}
-    for kind, reader in readers.items():
-        if group := [file for file in files if file_format(file) == kind]:
+    try:
+        with open(path, "rb") as file:
+            yield from _read(file, path, text_field)
+    except Exception as error:
+        raise ValueError(f"{path}: {_explain(error)}") from error
+
+
+def _read(file: BinaryIO, path: PurePosixPath, text_field: str) -> Iterator[str]:
+    kind = file_format(path)
+    if kind == "parquet":
+        yield from _read_parquet(file, text_field)
+        return
+    if path.suffix.lower() in (".gz", ".tgz"):
+        file = gzip.open(file)
+    elif path.suffix.lower() == ".zst":
+        # Archives for keeps are written with windows that the library refuses unless asked.
+        file = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(
+            file, read_across_frames=True
+        )
+    if kind == "tar":
+        yield from _read_tar(file, text_field)
+        return
+    # utf-8-sig drops the mark that Windows editors put in front.
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig")
+    yield from [lines.read()] if kind == "text" else _read_jsonl(lines, text_field)
+
+
+def _read_jsonl(lines: io.TextIOWrapper, text_field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if not line.isspace():
             try:
-                yield from reader(group, text_field, cache_dir)
-            except Exception as error:
-                if len(group) > 1:  # a stream over many files doesn't tell which: read one by one
-                    for file in group:
-                        deque(read_documents([file], text_field, cache_dir), maxlen=0)
-                raise ValueError(f"{group[0]}: {_explain(error)}") from error
+                yield _text_of(json.loads(line), text_field)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"line {number}: {_explain(error)}") from None
 
 
-def _read_texts(files: list[Path], text_field: str, cache_dir: Path) -> Iterator[str]:
-    for (text,) in _stream("text", files, cache_dir, 1, "text", sample_by="document"):
-        yield text
-
-
-def _read_jsonl(files: list[Path], text_field: str, cache_dir: Path) -> Iterator[str]:
-    # As lines of text: rows may then differ in their other keys, which a table's columns may not.
-    number = 0
-    for lines in _stream("text", files, cache_dir, 64, "text", sample_by="line"):
-        for line in lines:
-            number += 1
-            if line and not line.isspace():
-                try:
-                    yield _text_of(json.loads(line), text_field)
-                except (ValueError, TypeError) as error:
-                    raise ValueError(f"line {number}: {_explain(error)}") from None
-
-
-def _read_parquet(files: list[Path], text_field: str, cache_dir: Path) -> Iterator[str]:
-    for texts in _stream("parquet", files, cache_dir, 64, text_field):
-        for text in texts:
+def _read_parquet(file: BinaryIO, text_field: str) -> Iterator[str]:
+    table = pyarrow.parquet.ParquetFile(file)
+    check_column(text_field, table.schema_arrow.names)
+    for rows in table.iter_batches(BATCH, columns=[text_field]):
+        for text in rows[text_field].to_pylist():
             yield _text_of({text_field: text}, text_field)
 
 
-def _stream(
-    builder: str, files: list[Path], cache_dir: Path, batch_size: int, column: str, **options
-) -> Iterator[list]:
-    if builder == "text":
-        options["encoding"] = "utf-8-sig"  # drops the mark that Windows editors put in front
-    rows = datasets.load_dataset(
-        builder,
-        data_files={"train": [escape(str(file)) for file in files]},
-        split="train",
-        streaming=True,
-        cache_dir=str(cache_dir),
-        **options,
-    )
-    for table in rows.with_format("arrow").iter(batch_size):
-        if column not in table.column_names:
-            raise ValueError(
-                f"has no column {column!r}, only {', '.join(table.column_names)}; "
-                "name the right one with data.text_field"
-            )
-        yield table[column].to_pylist()
+def _read_tar(file: BinaryIO, text_field: str) -> Iterator[str]:
+    with tarfile.open(fileobj=file, mode="r|") as archive:
+        for member in archive:
+            path = PurePosixPath(member.name)
+            if not member.isfile() or _is_hidden(path) or not file_format(path):
+                continue
+            content = io.BytesIO(archive.extractfile(member).read())  # a stream can't go back
+            try:
+                yield from _read(content, path, text_field)
+            except Exception as error:
+                raise ValueError(f"{member.name}: {_explain(error)}") from None
+
+
+def check_column(text_field: str, names: list[str]) -> None:
+    """Raises ValueError when none of the columns' names is that of the text."""
+    if text_field not in names:
+        raise ValueError(
+            f"has no column {text_field!r}, only {', '.join(names)}; "
+            "name the right one with data.text_field"
+        )
 
 
 def _text_of(row: object, text_field: str) -> str:
@@ -150,6 +162,10 @@ def _text_of(row: object, text_field: str) -> str:
         raise TypeError(f"{text_field!r} holds {type(text).__name__} instead of text")
     text.encode()  # half a surrogate pair, which JSON can spell, is no text
     return text
+
+
+def _is_hidden(path: PurePosixPath) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in path.parts)
 
 
 def _explain(error: Exception) -> str:

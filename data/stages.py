@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data.config import check_weights
 from data.loader import PackedLoader
-from data.mixture import MixedLoader, check_weights
+from data.mixture import MixedLoader
 from data.shards import TokenShards
 from data.synthetic import SyntheticLoader
 from data.tokenizer import end_of_text_id, load_tokenizer

@@ -92,6 +92,25 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     return tokenizer
 
 
+def hub_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer.json of a model on the Hugging Face hub, as `load_tokenizer` opens it.
+
+    Raises:
+        ConnectionError: it can't be had; the message says how to do without.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(name, "tokenizer.json", revision=revision)
+    except Exception as error:
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        raise ConnectionError(
+            f"tokenizer.hub: {name} can't be had ({reason}); with its tokenizer.json on this "
+            "machine, set tokenizer=file tokenizer.path=/folder/of/it"
+        ) from None
+    return load_tokenizer(path)
+
+
 def _ours(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     tokenizer.encode_special_tokens = True  # not saved in the file, hence set at every loading

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from data.config import DataConfig, TokenizerConfig, check_root, from_config, resolve_path
+from data.config import TokenizerConfig, check_root, data_config, from_config, resolve_path
 from eval.needle import NeedleSettings
 from model.build import build_decoder
 from train.optimizer import AdamWConfig
@@ -131,7 +131,7 @@ def check_config(raw: dict) -> RunConfig:
             f"train.batch_tokens={train.batch_tokens}."
         )
     _check_blocks(raw["attention"], train.seq_len)
-    from_config(DataConfig, raw["data"], "data")
+    data_config(raw["data"])
     from_config(TokenizerConfig, raw["tokenizer"], "tokenizer")
     from_config(NeedleSettings, raw["eval"], "eval")
     with torch.device("meta"):  # shapes only: a misfit shows before data is prepared

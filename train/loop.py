@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from data.loader import PackedLoader, validation_batches
+from data.loader import validation_batches
 from data.shards import TokenShards
+from data.stages import Stage, fingerprint, open_stages
 from data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, vocab_size
 from model.build import build_decoder
 from model.loss import IGNORED
@@ -30,9 +31,8 @@ def train(
     # -- what the run is made of
     tokenizer = load_tokenizer(data_path / "tokenizer.json")
     eot = end_of_text_id(tokenizer)
-    shards = TokenShards.open(data_path / "train")
     validation = TokenShards.open(data_path / "validation")
-    loader = PackedLoader(shards, run.train.seq_len, run.seed, eot)
+    [loader] = open_stages(data_path, [Stage(run.train.seq_len)], run.seed)
     torch.manual_seed(run.seed)  # the same weights on every rank
     model = build_decoder(run.raw["model"], run.raw["attention"], vocab_size(tokenizer))
     model.activation_checkpointing = run.train.activation_checkpointing
@@ -44,7 +44,7 @@ def train(
     config = {**run.raw, "data_path": str(data_path)}
 
     # -- where it stands
-    state, folder = TrainState(data=shards.fingerprint), run.folder
+    state, folder = TrainState(data=fingerprint(data_path)), run.folder
     if found := newest_checkpoint(folder):  # train.resume was checked before we came here
         state = load_checkpoint(found, engine)
     if rank == 0:
@@ -53,17 +53,16 @@ def train(
     say = telemetry.say
     say(f"run         {folder}" + (f", resumed at step {state.step}" if state.step else ""))
     say(f"model       {num_parameters / 1e6:.1f}M parameters, {run.raw['attention']['_target_']}")
+    samples = run.num_steps * run.sequences_per_step
     say(
-        f"data        {shards.num_tokens:,} tokens, {shards.num_documents:,} documents; "
-        f"padding {loader.padding_share:.1%}; validation {validation.num_tokens:,} tokens"
+        f"data        {loader.describe(samples)}; padding {loader.padding_share:.1%}; "
+        f"validation {validation.num_tokens:,} tokens"
     )
     say(
         f"step        {run.train.batch_tokens:,} tokens = {world_size} ranks x {accumulation} passes"
         f" x {sequences} sequences x {run.train.seq_len:,}"
     )
-    epochs = run.num_steps * run.sequences_per_step / loader.samples_per_epoch()
-    total = run.num_steps * run.train.batch_tokens
-    say(f"length      {run.num_steps:,} steps, {total:,} tokens, {epochs:.2f} epochs")
+    say(f"length      {run.num_steps:,} steps, {run.num_steps * run.train.batch_tokens:,} tokens")
     dtype = str(run.dtype).removeprefix("torch.")
     say(f"precision   {dtype} on {device}, ZeRO-{run.parallel.zero_stage}")
     if state.step == run.num_steps:

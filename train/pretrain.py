@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.config import command_line
 from data.prepare import prepare
-from data.shards import TokenShards
+from data.stages import fingerprint
 from train.checkpoint import check_resume, check_same_data
 from train.config import check_config
 from train.engine import start_process_group
@@ -32,8 +32,8 @@ def main(config: DictConfig) -> None:
         device, rank, world_size = start_process_group(run.device)
         run.accumulation(world_size)
         data_path = prepare(run.raw["data"], run.raw["tokenizer"], run.output_dir / "data")
-        check_same_data(run.folder, TokenShards.open(data_path / "train").fingerprint)
-    except (ValueError, FileNotFoundError) as error:
+        check_same_data(run.folder, fingerprint(data_path))
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     train(run, data_path, device, rank, world_size)
     dist.destroy_process_group()

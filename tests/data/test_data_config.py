@@ -2,6 +2,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,10 +10,9 @@ from omegaconf import OmegaConf
 
 from data.config import (
     ROOT,
-    DataConfig,
     TokenizerConfig,
-    ValidationConfig,
     command_line,
+    data_config,
     from_config,
     resolve_path,
 )
@@ -87,7 +87,7 @@ def test_what_is_wrong_is_said_in_one_sentence(raw, message):
 )
 def test_validation_is_said_in_one_way(validation, message):
     with pytest.raises(ValueError, match=message):
-        from_config(DataConfig, DATA | {"validation": validation}, "data")
+        data_config(DATA | {"validation": validation})
 
 
 def test_tokenizer_is_said_in_one_way():
@@ -96,16 +96,16 @@ def test_tokenizer_is_said_in_one_way():
             from_config(TokenizerConfig, raw, "tokenizer")
 
 
-@pytest.mark.parametrize("group", ["data", "tokenizer"])
-def test_the_config_files_are_read_in_full(group):
+@pytest.mark.parametrize(
+    "group, option",
+    [(g, file.stem) for g in ("data", "tokenizer") for file in (ROOT / "conf" / g).glob("*.yaml")],
+)
+def test_the_config_files_are_read_in_full(group, option):
     """Every key of every file of a group is one we know; ??? is the user's to set."""
-    files = sorted((ROOT / "conf" / group).glob("*.yaml"))
-    assert files
-    for file in files:
-        raw = OmegaConf.to_container(OmegaConf.load(file))
-        raw = {key: "x" if value == "???" else value for key, value in raw.items()}
-        from_config({"data": DataConfig, "tokenizer": TokenizerConfig}[group], raw, group)
-    assert ValidationConfig(fraction=0.5).path is None
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        raw = OmegaConf.to_container(compose("config", [f"{group}={option}"])[group])
+    raw = {key: "x" if value == "???" else value for key, value in raw.items()}
+    data_config(raw) if group == "data" else from_config(TokenizerConfig, raw, group)
 
 
 def test_paths_start_at_the_repository_or_at_home(monkeypatch):

@@ -1,17 +1,19 @@
 import gzip
+import io
 import json
+import tarfile
 
 import datasets
 import pytest
 import zstandard
 
-from data.sources import find_files, read_documents
+from data.sources import find_files, read_file
 
 
 @pytest.fixture
 def read(tmp_path):
     def read(*files, text_field="text"):
-        return list(read_documents(list(files), text_field, tmp_path / "cache"))
+        return [text for file in files for text in read_file(file, text_field)]
 
     return read
 
@@ -52,6 +54,43 @@ def test_a_row_is_one_document(tmp_path, read):
     assert read(tmp_path / "a.parquet", jsonl) == texts + texts
 
 
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz", ".tar.zst"])
+def test_an_archive_stands_for_its_files(tmp_path, read, suffix):
+    inside = io.BytesIO()
+    datasets.Dataset.from_dict({"text": ["in parquet"]}).to_parquet(inside)
+    files = {
+        "books/a.txt": b"a\r\n",
+        "books/b.jsonl.gz": gzip.compress(rows("b", "c").encode()),
+        "books/.hidden.txt": b"never",
+        "cover.png": b"\xff",
+        "d.parquet": inside.getvalue(),
+        "e.md": b"e",
+    }
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    content = archive.getvalue()
+    if suffix in (".tar.gz", ".tgz"):
+        content = gzip.compress(content)
+    elif suffix == ".tar.zst":
+        content = zstandard.compress(content)
+    path = write(tmp_path / f"books{suffix}", content)
+    assert find_files(str(tmp_path), "data.path")[0] == [path]
+    assert read(path) == ["a\n", "b", "c", "in parquet", "e"]
+    write(path, content[: len(content) // 2])
+    with pytest.raises(ValueError, match=f"^{path}: "):
+        read(path)
+
+
+def test_a_long_window_is_no_obstacle(tmp_path, read):
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)
+    content = zstandard.ZstdCompressor(compression_params=parameters).compress(b"text")
+    assert read(write(tmp_path / "a.txt.zst", content + content)) == ["texttext"]
+
+
 def test_rows_may_differ_in_their_other_keys(tmp_path, read):
     content = (
         '{"text": "a", "id": 1}\n\n{"id": "two", "meta": {"x": []}, "text": "b"}\n{"text": null}'
@@ -84,14 +123,14 @@ def test_names_are_names_and_not_patterns(tmp_path, read, name):
 
 
 def test_a_folder_is_searched_to_its_depths(tmp_path):
-    for name in ("b.txt", "a/z.md", "a/b/c.JSONL", "a.parquet", "x.tar.gz", "p.png", "q.png"):
+    for name in ("b.txt", "a/z.md", "a/b/c.JSONL", "a.parquet", "x.zip", "p.png", "q.png"):
         write(tmp_path / name, "x")
     for hidden in (".git/config.txt", "a/.x.txt"):
         write(tmp_path / hidden, "x")
     found, others = find_files(str(tmp_path), "data.path")
     names = [str(file.relative_to(tmp_path)) for file in found]
     assert names == ["a/b/c.JSONL", "a/z.md", "a.parquet", "b.txt"]
-    assert others == {".png": 2, ".gz": 1}
+    assert others == {".png": 2, ".zip": 1}
     assert find_files(f"{tmp_path}/**/*.md", "data.path")[0] == [tmp_path / "a/z.md"]
 
 
@@ -122,12 +161,15 @@ def test_nothing_to_read_is_said(tmp_path):
         ("bad.jsonl", '{"text": "\\ud800"}', "line 1: holds half a surrogate pair"),
         ("bad.parquet", "PAR1 and nothing more", "."),
         ("bad.txt.gz", "not compressed", "."),
+        ("bad.tar", "no archive", "."),
         ("bad.jsonl.zst", "not compressed", "."),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, read, name, content, message):
     kind = name.removeprefix("bad")
     good = write(tmp_path / f"good{kind.removesuffix('.gz').removesuffix('.zst')}", rows("a"))
+    if kind == ".tar":
+        tarfile.open(good, "w").close()
     if kind == ".parquet":
         datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(good)
     bad = write(tmp_path / name, content)

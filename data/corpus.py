@@ -1,0 +1,157 @@
+"""The documents behind a data config, and which of them validate: by content, not by chance.
+
+A document never is on both sides, nor a copy of it.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from hashlib import blake2b
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+
+from data.config import TextConfig
+from data.hub import pinned, read_rows
+from data.sources import find_files, read_file
+
+
+class Document(NamedTuple):
+    """A text with the place behind it, where reading can go on (lists and dicts for JSON)."""
+
+    text: str
+    hash: int
+    held_out: bool
+    position: list | dict
+
+
+class Corpus:
+    """The text of one config, read as a stream, as often as needed. Blank documents are left out.
+
+    Attributes:
+        files, ignored: what is read, and how much of which other kinds lay there; empty for the hub.
+        num_bytes: UTF-8 bytes of all documents, where they were counted, or None.
+    """
+
+    def __init__(self, config: TextConfig, where: str):
+        self._config, self._where = config, where
+        self.files, self.ignored, self.num_bytes = [], {}, None
+        self._num_held_out = 0
+        validation = config.validation.path
+        if config.path is not None:
+            self.files, self.ignored = find_files(config.path, f"{where}.path")
+        if validation is not None:
+            held_out_files, _ = find_files(validation, f"{where}.validation.path")
+            held_out = {file.resolve() for file in held_out_files}
+            train = [file for file in self.files if file.resolve() not in held_out]
+            if config.path is not None and not train:
+                raise ValueError(
+                    f"{where}.validation.path={validation} holds out every file of "
+                    f"{where}.path={config.path}: nothing is left to train on"
+                )
+            # First, so that of equal documents the held out one is kept.
+            self.files, self._num_held_out = held_out_files + train, len(held_out_files)
+
+    @property
+    def stamp(self) -> list:
+        """Changes when a file does: names, sizes and times of change of all files."""
+        stats = [(file, file.stat()) for file in self.files]
+        return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+    def commit(self) -> str | None:
+        """The commit of the hub's dataset that is the newest now; None for files."""
+        if self._config.path is not None:
+            return None
+        return pinned(self._config.hub, self._where)
+
+    @cached_property
+    def split(self) -> str:
+        """Decides which documents validate, and says so in a sentence.
+
+        Files are read once for it, so that in a corpus of a few documents, too, some train and
+        some validate.
+        """
+        fraction = self._config.validation.fraction
+        if fraction is None:
+            count = len(self.files) - self._num_held_out
+            training = f"{count} file" + "s" * (count != 1) if count else "the dataset"
+            return f"validation is {self._config.validation.path}; training is {training}"
+        self._below, self._is_one = int(fraction * 2**64), False
+        if self._config.path is not None:
+            self.num_bytes, hashes = 0, []
+            for text, _ in self._texts(None, None):
+                self.num_bytes += len(text.encode())
+                hashes.append(content_hash(text))
+            below = cutoff(hashes, fraction)
+            self._below, self._is_one = below, below is None and bool(hashes)
+        if self._is_one:
+            return f"there is one document: its last {fraction:.2%}, from a line's start, validates"
+        return (
+            f"validation is whole documents drawn by a hash of their text, about {fraction:.2%} of "
+            "them and at least one"
+        )
+
+    def documents(self, position=None, commit: str | None = None) -> Iterator[Document]:
+        """The documents behind `position` (None: all), as `split` parted them.
+
+        Raises:
+            ValueError, ConnectionError: something can't be read; the message says what.
+        """
+        self.split  # noqa: B018
+        fraction = self._config.validation.fraction
+        if fraction is not None and self._is_one:
+            text = next(self._texts(None, None))[0]
+            end = _last_part(text, fraction)
+            sides = [(text[:end], False), (text[end:], True)]
+            for number, (part, held_out) in enumerate(sides, 1):
+                if position is None or number > position[0]:
+                    yield Document(part, content_hash(part), held_out, [number])
+            return
+        for text, behind in self._texts(position, commit):
+            hash = content_hash(text)
+            if fraction is not None:
+                held_out = hash < self._below
+            else:
+                held_out = isinstance(behind, list) and behind[0] < self._num_held_out
+            yield Document(text, hash, held_out, behind)
+
+    def _texts(self, position, commit: str | None) -> Iterator[tuple[str, list | dict]]:
+        """Texts that aren't blank: those of the files, then those of the hub."""
+        if position is None or isinstance(position, list):
+            first, number = position or (0, 0)
+            for file in range(first, len(self.files)):
+                texts = read_file(self.files[file], self._config.text_field)
+                skipped = number if file == first else 0
+                for count, text in enumerate(islice(texts, skipped, None), skipped + 1):
+                    if text and not text.isspace():
+                        yield text, [file, count]
+            position = None
+        if self._config.path is None:
+            field = self._config.text_field
+            for text, behind in read_rows(self._config.hub, commit, field, self._where, position):
+                if text and not text.isspace():
+                    yield text, behind
+
+
+def content_hash(text: str) -> int:
+    """64 bits; equal texts have equal hashes, so a repeated document is never on both sides."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
+
+
+def cutoff(hashes: list[int], fraction: float) -> int | None:
+    """The hash below which a document validates, or None when all documents are the same one.
+
+    It is fraction * 2^64, moved as little as leaves something on both sides: only in a corpus of a
+    few documents does the side of one hang on the others.
+    """
+    distinct = np.unique(np.array(hashes, np.uint64))
+    if len(distinct) < 2:
+        return None
+    lowest, highest = int(distinct[0]), int(distinct[-1])
+    return min(max(int(fraction * 2**64), lowest + 1), highest)
+
+
+def _last_part(text: str, fraction: float) -> int:
+    """Where the last `fraction` of a text begins: after a line break, if there is one before."""
+    middle = int(len(text) * (1 - fraction))
+    return text.rfind("\n", 0, middle) + 1 or middle
