@@ -58,11 +58,10 @@ class Corpus:
         stats = [(file, file.stat()) for file in self.files]
         return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
+    @cached_property
     def commit(self) -> str | None:
-        """The commit of the hub's dataset that is the newest now; None for files."""
-        if self._config.path is not None:
-            return None
-        return pinned(self._config.hub, self._where)
+        """The commit of the hub's dataset that is read: the newest now, unless set before."""
+        return None if self._config.path is not None else pinned(self._config.hub, self._where)
 
     @cached_property
     def split(self) -> str:
@@ -79,7 +78,7 @@ class Corpus:
         self._below, self._is_one = int(fraction * 2**64), False
         if self._config.path is not None:
             self.num_bytes, hashes = 0, []
-            for text, _ in self._texts(None, None):
+            for text, _ in self._texts(None):
                 self.num_bytes += len(text.encode())
                 hashes.append(content_hash(text))
             below = cutoff(hashes, fraction)
@@ -91,7 +90,7 @@ class Corpus:
             "them and at least one"
         )
 
-    def documents(self, position=None, commit: str | None = None) -> Iterator[Document]:
+    def documents(self, position=None) -> Iterator[Document]:
         """The documents behind `position` (None: all), as `split` parted them.
 
         Raises:
@@ -100,14 +99,14 @@ class Corpus:
         self.split  # noqa: B018
         fraction = self._config.validation.fraction
         if fraction is not None and self._is_one:
-            text = next(self._texts(None, None))[0]
+            text = next(self._texts(None))[0]
             end = _last_part(text, fraction)
             sides = [(text[:end], False), (text[end:], True)]
             for number, (part, held_out) in enumerate(sides, 1):
                 if position is None or number > position[0]:
                     yield Document(part, content_hash(part), held_out, [number])
             return
-        for text, behind in self._texts(position, commit):
+        for text, behind in self._texts(position):
             hash = content_hash(text)
             if fraction is not None:
                 held_out = hash < self._below
@@ -115,7 +114,7 @@ class Corpus:
                 held_out = isinstance(behind, list) and behind[0] < self._num_held_out
             yield Document(text, hash, held_out, behind)
 
-    def _texts(self, position, commit: str | None) -> Iterator[tuple[str, list | dict]]:
+    def _texts(self, position) -> Iterator[tuple[str, list | dict]]:
         """Texts that aren't blank: those of the files, then those of the hub."""
         if position is None or isinstance(position, list):
             first, number = position or (0, 0)
@@ -127,8 +126,8 @@ class Corpus:
                         yield text, [file, count]
             position = None
         if self._config.path is None:
-            field = self._config.text_field
-            for text, behind in read_rows(self._config.hub, commit, field, self._where, position):
+            hub, field = self._config.hub, self._config.text_field
+            for text, behind in read_rows(hub, self.commit, field, self._where, position):
                 if text and not text.isspace():
                     yield text, behind
 

@@ -146,13 +146,12 @@ def _prepare_mixture(config: MixtureConfig, tokenizer_config: TokenizerConfig, r
 def _prepare_text(config: TextConfig, corpus: Corpus, tokenizer: Tokenizer, root: Path) -> Path:
     def build(partial: Path) -> None:
         started, was_interrupted = time.time(), (partial / "parts").exists()
-        commit = _remembered(partial / "commit.json", corpus.commit)
-        parts = make_parts(
-            lambda position: corpus.documents(position, commit),
-            Encoder(tokenizer),
-            config.drop_near_duplicates,
-            partial / "parts",
-        )
+        commit = partial / "commit.json"  # an interrupted preparation goes on with the same
+        if commit.exists():
+            corpus.commit = json.loads(commit.read_text())
+        _write_json(commit, corpus.commit)
+        encoder, with_bands = Encoder(tokenizer), config.drop_near_duplicates
+        parts = make_parts(corpus.documents, encoder, with_bands, partial / "parts")
         tokenizer.save(str(partial / "tokenizer.json"))
         seen, writers = Seen(), {}
         for side in SIDES:
@@ -171,7 +170,7 @@ def _prepare_text(config: TextConfig, corpus: Corpus, tokenizer: Tokenizer, root
         summary = {
             "name": config.name,
             "path": config.path or config.hub.name,
-            "commit": commit,
+            "commit": corpus.commit,
             "files": len(corpus.files),
             "ignored_files": dict(corpus.ignored),
             "split": corpus.split,
@@ -186,7 +185,7 @@ def _prepare_text(config: TextConfig, corpus: Corpus, tokenizer: Tokenizer, root
         }
         _write_json(partial / "summary.json", summary)
         shutil.rmtree(partial / "parts")
-        (partial / "commit.json").unlink()
+        commit.unlink()
 
     key = [asdict(config), fingerprint(tokenizer), corpus.stamp]
     folder = _once(root, config.name, key, build)
@@ -246,13 +245,6 @@ def _once(root: Path, name: str, key, build: Callable[[Path], None]) -> Path:
             build(partial)
             partial.rename(folder)
     return folder
-
-
-def _remembered(path: Path, find: Callable[[], str | None]) -> str | None:
-    """What `find` finds, once: an interrupted preparation goes on with the same."""
-    if not path.exists():
-        _write_json(path, find())
-    return json.loads(path.read_text())
 
 
 def _write_json(path: Path, content) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER = "tokenizer.json"
 BLOCK = 1 << 17  # characters encoded at once
 KNOWN = 1 << 23  # characters of the words whose tokens an encoder remembers, in some 200 MB
 # A word is what precedes it and ASCII letters or digits, up to where Encoder may part a text.
@@ -67,7 +68,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         ValueError: it isn't a tokenizer.json, or text doesn't survive it.
     """
     path = Path(path)
-    path = path / "tokenizer.json" if path.is_dir() else path
+    path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a tokenizer.json is needed")
     try:
@@ -98,10 +99,15 @@ def hub_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     Raises:
         ConnectionError: it can't be had; the message says how to do without.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        path = hf_hub_download(name, "tokenizer.json", revision=revision)
+        try:
+            path = hf_hub_download(name, TOKENIZER, revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            HfApi().model_info(name, revision=revision, timeout=30)  # says no without retrying
+            path = hf_hub_download(name, TOKENIZER, revision=revision)
     except Exception as error:
         reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
         raise ConnectionError(
