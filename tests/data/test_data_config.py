@@ -103,10 +103,10 @@ def test_tokenizer_is_said_in_one_way():
 def test_the_config_files_are_read_in_full(group, option):
     """Every key of every file of a group is one we know; ??? is the user's to set."""
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        config = compose("config", [f"{group}={option}"])[group]
+        config = compose("config", [f"{group}={option}"])
     for key in OmegaConf.missing_keys(config):
         OmegaConf.update(config, key, "x")
-    raw = OmegaConf.to_container(config)
+    raw = OmegaConf.to_container(config)[group]
     data_config(raw) if group == "data" else from_config(TokenizerConfig, raw, group)
 
 
