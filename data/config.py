@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from omegaconf import OmegaConf
 
+TASKS = ("passkey", "needle", "recall", "variables", "copy")  # of data.synthetic
 ROOT = Path(__file__).resolve().parents[1]  # the repository
 Config = TypeVar("Config")
 NAMES = {
@@ -65,10 +66,6 @@ class TextConfig:
     drop_near_duplicates: bool = False
     max_tokens: int | None = None
 
-    def __post_init__(self):
-        if self.path is None and self.hub is None:
-            raise ValueError("data.path: null is nothing to read; set it to a file, folder or glob")
-
 
 @dataclass(frozen=True)
 class ShardsConfig:
@@ -110,6 +107,14 @@ def data_config(mapping: Mapping, where: str = "data") -> MixtureConfig | Source
     kinds = {"sources": MixtureConfig, "shards": ShardsConfig, "tasks": SyntheticConfig}
     kind = next((kinds[key] for key in kinds if key in mapping), TextConfig)
     config = from_config(kind, mapping, where)
+    if kind is TextConfig and config.path is None and config.hub is None:
+        raise ValueError(f"{where}.path: null is nothing to read; set it to a file, folder or glob")
+    if kind is SyntheticConfig:
+        for task in config.tasks:
+            if task not in TASKS:
+                raise ValueError(
+                    f"{where}.tasks: there is no task {task!r}, only {', '.join(TASKS)}"
+                )
     if kind is not MixtureConfig:
         return config
     sources = {

@@ -108,12 +108,12 @@ def variables(rng: random.Random, most: int) -> tuple[list[str], str]:
 
 
 # Each: (rng, greatest number of statements) -> statements, in their order, and the document's end.
-TASKS: dict[str, Callable[[random.Random, int], tuple[list[str], str]] | None] = {
+# A copy is of tokens and not of sentences: SyntheticLoader._copy.
+SENTENCES: dict[str, Callable[[random.Random, int], tuple[list[str], str]]] = {
     "passkey": passkey,
     "needle": needle,
     "recall": recall,
     "variables": variables,
-    "copy": None,  # of tokens, not of sentences: SyntheticLoader._copy
 }
 
 
@@ -133,7 +133,7 @@ class SyntheticLoader:
         """
         Args:
             haystack: the text that things are hidden in.
-            tasks: names in TASKS, equally often.
+            tasks: names in data.config.TASKS, equally often.
             skipped: samples that earlier stages took, which don't come again.
         """
         if seq_len < SHORTEST:
@@ -180,11 +180,11 @@ class SyntheticLoader:
         return documents
 
     def _document(self, rng: random.Random, length: int) -> np.ndarray:
-        task = TASKS[rng.choice(self.tasks)]
+        task = rng.choice(self.tasks)
         start = rng.randrange(self.haystack.num_tokens)
-        if task is None:
+        if task == "copy":
             return self._copy(rng, start, length)
-        statements, ending = task(rng, min(MOST_ITEMS, length // TOKENS_PER_ITEM))
+        statements, ending = SENTENCES[task](rng, min(MOST_ITEMS, length // TOKENS_PER_ITEM))
         statements = [self._encode(" " + statement) for statement in statements]
         ending = self._encode("\n\n" + ending)
         room = length - 1 - sum(map(len, statements)) - len(ending)

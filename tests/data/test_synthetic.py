@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.config import ROOT
+from data.config import ROOT, TASKS
 from data.shards import ShardWriter
-from data.synthetic import COPY, SHORTEST, TASKS, SyntheticLoader, made_up_name
+from data.synthetic import COPY, SHORTEST, SyntheticLoader, made_up_name
 from data.tokenizer import encode_documents, end_of_text_id, fingerprint, vocab_size
 from eval import needle
 
@@ -27,7 +27,7 @@ def haystack(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def loader(haystack, tokenizer):
-    def make(tasks=tuple(TASKS), seq_len=2048, seed=0):
+    def make(tasks=TASKS, seq_len=2048, seed=0):
         return SyntheticLoader(haystack, tokenizer, tasks, seq_len, seed)
 
     return make
