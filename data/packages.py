@@ -109,10 +109,7 @@ def _documents(source: Source, cache: Path) -> Iterator[tuple[str, str]]:
     wanted = re.compile(source.files).fullmatch
     texts = {}
     for path, content in _files(source.package, cache, wanted):
-        try:
-            texts[PurePosixPath(path)] = _text(path, content)
-        except UnicodeDecodeError:
-            continue  # a few old files are in Latin-1
+        texts[PurePosixPath(path)] = _text(path, content)
     if not texts:
         raise OSError(f"{source.package}: none of its files is as expected ({source.files})")
     joined: dict[str, list[str]] = {}
@@ -129,7 +126,7 @@ def _documents(source: Source, cache: Path) -> Iterator[tuple[str, str]]:
 def _text(path: str, content: bytes) -> str:
     if path.endswith((".gz", ".dz")):
         content = gzip.decompress(content)
-    text = content.decode()
+    text = content.decode(errors="replace")  # in 300 MB some ten bytes aren't UTF-8
     return _HtmlText(text).text if path.endswith(".html") else text
 
 
