@@ -14,6 +14,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -66,9 +67,9 @@ def make_parts(
         yield part
         number, position = number + 1, part.position
 
-    num_workers = len(os.sched_getaffinity(0))
+    # Forked, for a spawned worker would import the caller's main module, torch and all.
     workers = ProcessPoolExecutor(
-        num_workers, get_context("fork"), _start_worker, (encoder, with_bands, os.getpid())
+        num_workers(), get_context("fork"), _start_worker, (encoder, with_bands, os.getpid())
     )
     waiting: deque = deque()
     try:
@@ -76,12 +77,24 @@ def make_parts(
             path, number = _path(folder, number), number + 1
             task = None if _open(path) else workers.submit(_make_part, chunk, path)
             waiting.append((path, task))
-            if len(waiting) > 2 * num_workers:
+            if len(waiting) > 2 * num_workers():
                 yield _finished(*waiting.popleft())
         while waiting:
             yield _finished(*waiting.popleft())
+    except BrokenProcessPool:
+        raise OSError(
+            "a worker was killed, most likely for want of memory; the same command goes on from "
+            "here, with fewer workers under `taskset -c 0-3`, say"
+        ) from None
     finally:
         workers.shutdown(cancel_futures=True)
+
+
+def num_workers() -> int:
+    """One for each core that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _chunks(documents: Iterator[Document]) -> Iterator[list[Document]]:

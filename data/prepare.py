@@ -46,7 +46,7 @@ from data.config import (
 )
 from data.corpus import Corpus
 from data.duplicates import Seen
-from data.parts import Part, make_parts
+from data.parts import Part, make_parts, num_workers
 from data.shards import ShardWriter, TokenShards
 from data.stages import MIXTURE
 from data.summary import describe, mixture_table, table
@@ -180,7 +180,7 @@ def _prepare_text(config: TextConfig, corpus: Corpus, tokenizer: Tokenizer, root
                 "vocab_size": vocab_size(tokenizer),
             },
             "seconds": None if was_interrupted else round(time.time() - started, 1),
-            "workers": len(os.sched_getaffinity(0)),
+            "workers": num_workers(),
             **{side: describe(shards) for side, shards in sides.items()},
         }
         _write_json(partial / "summary.json", summary)

@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import data.corpus
+import data.parts
+import data.prepare
 from data.config import ROOT, HubConfig
 from data.hub import read_rows
 from data.prepare import prepare
@@ -75,6 +78,32 @@ def test_a_dataset_is_prepared_like_its_files(dataset, tmp_path):
         assert of[0] == of[1] == of[2]
     summary = json.loads((streamed / "summary.json").read_text())
     assert summary["commit"] is None and summary["path"] == str(dataset)
+
+
+def test_an_interrupted_stream_goes_on_where_it_was(dataset, tmp_path, monkeypatch):
+    whole = prepare(config(dataset), BPE, tmp_path / "whole")
+    monkeypatch.setattr(data.parts, "CHUNK", 3000)
+    add, calls, positions = data.prepare._add, [], []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return add(*arguments)
+
+    def watched(hub, commit, text_field, where, position=None):
+        positions.append(position)
+        return read_rows(hub, commit, text_field, where, position)
+
+    monkeypatch.setattr(data.prepare, "_add", stop)
+    monkeypatch.setattr(data.corpus, "read_rows", watched)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config(dataset), BPE, tmp_path / "out")
+    again = prepare(config(dataset), BPE, tmp_path / "out")
+    assert positions[-1]["row"] > 0 and positions[-1]["state"]["examples_iterable"]
+    for side in ("train", "validation"):
+        of = [TokenShards.open(folder / side).fingerprint for folder in (whole, again)]
+        assert of[0] == of[1]
 
 
 def test_reading_stops_when_there_are_tokens_enough(dataset, tmp_path):

@@ -85,6 +85,23 @@ def test_order_does_not_depend_on_how_it_is_asked_for(lengths, seq_len, data):
     assert torch.equal(whole.cu_seqlens.diff(), torch.cat(lengths_of))
 
 
+@settings(max_examples=30, deadline=None)
+@given(LENGTHS, st.lists(st.sampled_from([1, 2, 3, 6]), min_size=2, max_size=4), st.data())
+def test_ranks_share_a_run_that_changes_its_world_size(lengths, worlds, data):
+    """Steps of 6 sequences, at any number of ranks, broken off and resumed with another number."""
+    shards, samples, seen = shards_of(lengths), 0, []
+    for world in worlds:
+        for _ in range(data.draw(st.integers(0, 3))):
+            for accumulation in range(6 // world):
+                for rank in range(world):
+                    loader = PackedLoader(shards, 16, 2, EOT)  # as after a restart
+                    seen.append(loader.batch(samples + accumulation * world + rank, 1))
+            samples += 6
+    if samples:
+        whole = PackedLoader(shards, 16, 2, EOT).batch(0, samples)
+        assert torch.equal(whole.tokens, torch.cat([batch.tokens for batch in seen]))
+
+
 def test_four_samples_are_two_and_two():
     loader = PackedLoader(shards_of([30] * 50), 16, 0, EOT)
     whole, halves = loader.batch(0, 4), (loader.batch(0, 2), loader.batch(2, 2))

@@ -129,3 +129,9 @@ def test_the_bands_tell_near_duplicates(corpus):
     assert seen.repeats(2, bands("x")) and (seen.exact, seen.near) == (1, 1)
     assert not Seen().repeats(1, np.zeros(0, np.uint64))
     assert (bands("two words") == bands("Two  words")).all() and len(bands("")) == 14
+
+
+def test_a_worker_killed_for_memory_is_said(corpus, monkeypatch, tmp_path):
+    monkeypatch.setattr(data.parts, "bands", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(OSError, match="a worker was killed, .* `taskset"):
+        prepare(corpus, BPE, tmp_path / "out")

@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import data.tokenizer
 from data.tokenizer import (
@@ -119,6 +120,15 @@ def test_saving_and_loading_changes_nothing(tokenizer, tmp_path):
         loaded = load_tokenizer(path)
         assert fingerprint(loaded) == fingerprint(tokenizer)
         assert loaded.encode(END_OF_TEXT).ids == tokenizer.encode(END_OF_TEXT).ids
+
+
+def test_transformers_opens_it(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    text = "The quick  fox, don't\n\t語 1815"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text).ids
+    assert theirs.decode(theirs(text)["input_ids"]) == text
+    assert theirs.convert_tokens_to_ids(END_OF_TEXT) == end_of_text_id(tokenizer)
 
 
 def test_the_fingerprint_tells_tokenizers_apart(tokenizer):
