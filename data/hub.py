@@ -19,6 +19,7 @@ def pinned(config: HubConfig, where: str) -> str | None:
         return None
     from huggingface_hub import HfApi
 
+    print(f"{where}.hub: reading {config.name} from the Hugging Face hub", flush=True)
     with _explained(config, where):
         return HfApi().dataset_info(config.name, revision=config.revision, timeout=30).sha
 

@@ -42,15 +42,21 @@ class TokenShards:
         self.num_bytes = int(self._byte_offsets[-1])  # UTF-8 bytes of the text
 
     @classmethod
-    def open(cls, folder: str | os.PathLike) -> "TokenShards":
+    def open(cls, folder: str | os.PathLike, tokenizer: str | None = None) -> "TokenShards":
         """Maps the files after checking header and sizes, which is cheap; `verify` reads it all.
+
+        Args:
+            tokenizer: fingerprint of the tokenizer that must have made it.
 
         Raises:
             FileNotFoundError: no such folder, or one of its files is missing.
-            ValueError: a file is truncated, damaged or not ours; the message names it.
+            ValueError: a file is truncated, damaged, not ours or of another tokenizer; the message
+                names it.
         """
         folder = Path(folder)
         header = _read_header(folder / HEADER)
+        if tokenizer not in (None, header["tokenizer"]):
+            _refuse(folder / HEADER, "is of tokens that another tokenizer made")
         for name, expected in header["files"].items():
             size = _existing(folder / name).stat().st_size
             if size != expected["bytes"]:

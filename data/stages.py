@@ -15,6 +15,7 @@ from data.mixture import MixedLoader
 from data.shards import TokenShards
 from data.synthetic import SyntheticLoader
 from data.tokenizer import end_of_text_id, load_tokenizer
+from data.tokenizer import fingerprint as tokenizer_fingerprint
 
 MIXTURE = "mixture.json"  # in the folder of a prepared mixture, written by data.prepare
 Loader = PackedLoader | SyntheticLoader | MixedLoader
@@ -65,14 +66,14 @@ def fingerprint(path: Path) -> str:
 
 def _open(path: Path, stage: Stage, seed: int) -> Loader:
     tokenizer = load_tokenizer(path / "tokenizer.json")
-    eot_id = end_of_text_id(tokenizer)
+    eot_id, made_by = end_of_text_id(tokenizer), tokenizer_fingerprint(tokenizer)
     if not (path / MIXTURE).exists():
-        return PackedLoader(TokenShards.open(path / "train"), stage.seq_len, seed, eot_id)
+        return PackedLoader(TokenShards.open(path / "train", made_by), stage.seq_len, seed, eot_id)
     mixture = json.loads((path / MIXTURE).read_text())
     weights = mixture["weights"] if stage.weights is None else stage.weights
     check_weights(weights, list(mixture["sources"]))
     shards = {
-        name: TokenShards.open(Path(source["folder"]) / "train")
+        name: TokenShards.open(Path(source["folder"]) / "train", made_by)
         for name, source in mixture["sources"].items()
         if "folder" in source
     }

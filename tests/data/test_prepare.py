@@ -12,6 +12,7 @@ from data.config import ROOT
 from data.corpus import cutoff
 from data.prepare import prepare
 from data.shards import TokenShards
+from data.stages import Stage, open_stages
 from data.tokenizer import load_tokenizer
 
 BPE = {"vocab_size": 300}
@@ -191,8 +192,10 @@ def test_a_changed_tokenizer_is_noticed(books, tmp_path):
     folder = prepare(config(books), BPE, tmp_path / "out")
     other = prepare(config(books), {"vocab_size": 265}, tmp_path / "out")
     (folder / "tokenizer.json").write_text((other / "tokenizer.json").read_text())
-    with pytest.raises(ValueError, match="wasn't made by the tokenizer.json beside it"):
+    with pytest.raises(ValueError, match="header.json is of tokens that another tokenizer made"):
         prepare(config(books), BPE, tmp_path / "out")
+    with pytest.raises(ValueError, match="header.json is of tokens that another tokenizer made"):
+        open_stages(folder, [Stage(64)], seed=0)
 
 
 def test_no_text_is_said(tmp_path):
