@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 NOT_SCORED = -100  # torch's cross_entropy leaves this target out
@@ -34,7 +35,9 @@ class Batch(NamedTuple):
 
 def concatenate(batches: Sequence[Batch]) -> Batch:
     """The batches' documents one after another, as one batch."""
-    tokens, targets, positions, cu_seqlens, max_seqlen = zip(*batches, strict=True)
-    lengths = torch.cat([ends.diff() for ends in cu_seqlens])
-    ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return Batch(torch.cat(tokens), torch.cat(targets), torch.cat(positions), ends, max(max_seqlen))
+    if len(batches) == 1:
+        return batches[0]
+    *tensors, cu_seqlens, max_seqlen = zip(*batches, strict=True)
+    ends = np.cumsum(np.concatenate([[0], *(np.diff(ends) for ends in cu_seqlens)]), dtype=np.int32)
+    joined = [*map(np.concatenate, tensors), ends]  # numpy: no thread pool for so little
+    return Batch(*map(torch.from_numpy, joined), max(max_seqlen))

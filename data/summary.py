@@ -81,7 +81,7 @@ def mixture_table(folder: Path, summary: dict) -> str:
     total = sum(summary["weights"].values())
     for name, source in summary["sources"].items():
         weight = summary["weights"].get(name, 0) / total
-        numbers = "made while training"
+        numbers = "  made while training"
         if "train" in source:
             train = source["train"]
             share = _share(train, LONG[-1])

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +19,21 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER = "tokenizer.json"
 BLOCK = 1 << 17  # characters encoded at once
 KNOWN = 1 << 23  # characters of the words whose tokens an encoder remembers, in some 200 MB
-# A word is what precedes it and ASCII letters or digits, up to where Encoder may part a text.
-WORDS = re.compile(
-    r"[^A-Za-z0-9]*[A-Za-z0-9]+(?:['\x80-\U0010ffff][^A-Za-z0-9]*(?:[A-Za-z0-9]+|\Z))*"
-    r"|[^A-Za-z0-9]+"
+# Where Encoder may part a text: between ASCII characters alone, and the apostrophe is not one of them
+# (that of "don't"). W is white space, A letters and digits, P punctuation, O all the rest.
+W, A, P, O = (
+    r"\t\n\x0b\x0c\r ",
+    "0-9A-Za-z",
+    r"!-&(-/:-@\[-`{-~",
+    r"\x00-\x08\x0e-\x1f'\x7f-\U0010ffff",
 )
-JOINABLE = re.compile(r"[\x00-&(-/:-@\[-`{-\x7f].*[A-Za-z0-9]", re.DOTALL).fullmatch
+WORDS = (
+    # In "fox.jumps (over": fox . jumps " (" over, if no token joins punctuation and what follows it,
+    re.compile(rf"(?!\Z)(?:[{W}{O}]++|(?:[{P}]++|[{A}]++)(?=[{O}]))*+(?:[{P}]++|[{A}]++)?+"),
+    # else fox .jumps " (over".
+    re.compile(rf"(?!\Z)(?:[{W}{P}{O}]++|[{A}]++(?=[{O}]))*+[{A}]*+"),
+)
+JOINABLE = re.compile(rf"[^{O}].*[^{O}{W}]|[{A}{P}]", re.DOTALL).fullmatch
 TRIAL = "".join(f"ab{c}cd{c}{c}Ef {c}12{c}34567{c} it's\n{c}\t\n{c}x" for c in map(chr, range(128)))
 
 
@@ -167,10 +176,9 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
 class Encoder:
     """Texts to tokens, a few times faster than the library alone: each word is encoded once.
 
-    A text is parted behind ASCII letters and digits that stand before ASCII white space or
-    punctuation (the apostrophe aside). There the word patterns of byte-level tokenizers part it in
-    any case, so the tokens are those of the whole. Where a tokenizer joins tokens across such a
-    place, and for more than BLOCK characters without one, the text is cut where it stands.
+    A text is parted where the tokenizer's word pattern parts it in any case (WORDS), so the tokens
+    are those of the whole. Where a tokenizer has no such places, and for more than BLOCK characters
+    without one, the text is cut where it stands.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -179,21 +187,18 @@ class Encoder:
         self._sizes = token_bytes(tokenizer)
         self._known: dict[str, bytes] = {}  # words' tokens, as uint32
         self._known_size = 0
+        self._find = _word_pattern(tokenizer)
         added = tokenizer.get_added_tokens_decoder().values()
-        names = [token.content for token in added if not token.special]
-        self._indivisible = [name for name in names if len(WORDS.findall(name)) > 1]
-        whole = tokenizer.encode(TRIAL, add_special_tokens=False).ids
-        self._by_words = True
-        self._by_words = self(TRIAL)[1:].tolist() == whole
+        self._indivisible = [token.content for token in added if not token.special]
 
     def __call__(self, text: str) -> np.ndarray:
         """uint32 [1 + n]: <|endoftext|> and the tokens of the text."""
-        by_words = self._by_words and not any(name in text for name in self._indivisible)
+        by_words = self._find and not any(name in text for name in self._indivisible)
         tokens, start = [self._end_of_text], 0
         while start < len(text):
             words = [text[start : start + BLOCK]]
             if by_words:
-                words = WORDS.findall(text, start, start + BLOCK)
+                words = self._find(text, start, start + BLOCK)
                 if len(words) > 1 and start + BLOCK < len(text):
                     words.pop()  # it may go on
             self._learn(words)
@@ -215,13 +220,16 @@ class Encoder:
         joinable = [word for word in words if JOINABLE(word)]
         for i in range(0, len(joinable), 1024):
             group = joinable[i : i + 1024]
-            (ids,) = self._ids(["".join(group)])
-            ends = self._sizes[ids].cumsum()
-            word_ends = np.cumsum([len(word.encode()) for word in group])
-            cuts = np.searchsorted(ends, word_ends) + 1
-            if np.array_equal(ends[cuts - 1], word_ends):
-                data, cuts = ids.tobytes(), [0, *(4 * cuts).tolist()]
-                parts = zip(group, cuts, cuts[1:], strict=False)
+            # What parts a word from the one before it, whatever the pattern.
+            before = ["" if w[0].isspace() else " a\n" if w[0].isalnum() else " a" for w in group]
+            parts = [part for pair in zip(before, group, strict=True) for part in pair]
+            (ids,) = self._ids(["".join(parts)])
+            ends = np.concatenate([[0], self._sizes[ids].cumsum()])
+            borders = np.cumsum([len(part.encode()) for part in parts])
+            cuts = np.searchsorted(ends, borders)
+            if np.array_equal(ends[cuts], borders):
+                data, cuts = ids.tobytes(), (4 * cuts).tolist()
+                parts = zip(group, cuts[::2], cuts[1::2], strict=True)
                 tokens |= {word: data[start:end] for word, start, end in parts}
         alone = [word for word in words if word not in tokens]
         tokens |= zip(alone, [ids.tobytes() for ids in self._ids(alone)], strict=True)
@@ -230,6 +238,16 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+
+def _word_pattern(tokenizer: Tokenizer) -> Callable[..., list[str]] | None:
+    """What finds the smallest words whose borders are all borders of the tokenizer's own words."""
+    if tokenizer.pre_tokenizer is not None:
+        borders = {end for _, (_, end) in tokenizer.pre_tokenizer.pre_tokenize_str(TRIAL)}
+        for words in WORDS:
+            if borders.issuperset(match.end() for match in words.finditer(TRIAL)):
+                return words.findall
+    return None
 
 
 def encode_documents(
