@@ -1,6 +1,7 @@
 """The documents behind a data config, and which of them validate: by content, not by chance.
 
-A document never is on both sides, nor a copy of it.
+A document never is on both sides, nor a copy of it; nor in a mixture, whose sources may share
+documents, if they hold out the same fraction.
 """
 
 from collections.abc import Iterator
@@ -63,48 +64,52 @@ class Corpus:
         """The commit of the hub's dataset that is read: the newest now, unless set before."""
         return None if self._config.path is not None else pinned(self._config.hub, self._where)
 
-    @cached_property
+    @property
     def split(self) -> str:
-        """Decides which documents validate, and says so in a sentence.
-
-        Files are read once for it, so that in a corpus of a few documents, too, some train and
-        some validate.
-        """
+        """How documents are parted, in a sentence."""
         fraction = self._config.validation.fraction
         if fraction is None:
             count = len(self.files) - self._num_held_out
             training = f"{count} file" + "s" * (count != 1) if count else "the dataset"
             return f"validation is {self._config.validation.path}; training is {training}"
-        self._below, self._is_one = int(fraction * 2**64), False
-        if self._config.path is not None:
-            self.num_bytes, hashes = 0, []
-            for text, _ in self._texts(None):
-                self.num_bytes += len(text.encode())
-                hashes.append(content_hash(text))
-            below = cutoff(hashes, fraction)
-            self._below, self._is_one = below, below is None and bool(hashes)
-        if self._is_one:
+        if self._below is None:
             return f"there is one document: its last {fraction:.2%}, from a line's start, validates"
         return (
             f"validation is whole documents drawn by a hash of their text, about {fraction:.2%} of "
             "them and at least one"
         )
 
+    @cached_property
+    def _below(self) -> int | None:
+        """Documents whose hash is below it validate; None when there is only one document.
+
+        Files are read once to find it, so that of a few documents, too, some train and some
+        validate.
+        """
+        fraction = self._config.validation.fraction
+        if self._config.path is None:
+            return int(fraction * 2**64)
+        self.num_bytes, hashes = 0, []
+        for text, _ in self._texts(None):
+            self.num_bytes += len(text.encode())
+            hashes.append(content_hash(text))
+        return cutoff(hashes, fraction)
+
     def documents(self, position=None) -> Iterator[Document]:
-        """The documents behind `position` (None: all), as `split` parted them.
+        """The documents behind `position` (None: all), each with its side.
 
         Raises:
             ValueError, ConnectionError: something can't be read; the message says what.
         """
-        self.split  # noqa: B018
         fraction = self._config.validation.fraction
-        if fraction is not None and self._is_one:
-            text = next(self._texts(None))[0]
-            end = _last_part(text, fraction)
-            sides = [(text[:end], False), (text[end:], True)]
-            for number, (part, held_out) in enumerate(sides, 1):
-                if position is None or number > position[0]:
-                    yield Document(part, content_hash(part), held_out, [number])
+        if fraction is not None and self._below is None:
+            for text, _ in islice(self._texts(None), 1):
+                end = _last_part(text, fraction)
+                for number, (part, held_out) in enumerate(
+                    [(text[:end], False), (text[end:], True)]
+                ):
+                    if position is None or position[0] <= number:
+                        yield Document(part, content_hash(part), held_out, [number + 1])
             return
         for text, behind in self._texts(position):
             hash = content_hash(text)

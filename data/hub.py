@@ -38,7 +38,7 @@ def read_rows(
 
     Raises:
         ConnectionError: as `pinned` does.
-        ValueError: there is no such column.
+        ValueError: there is no such split, subset or column.
     """
     import datasets  # takes a second
 
@@ -69,7 +69,9 @@ def _explained(config: HubConfig, where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
+        if isinstance(error, ValueError):  # no such split, subset or column
+            raise ValueError(f"{where}.hub: {config.name}: {reason}") from error
         raise ConnectionError(
             f"{where}.hub: the dataset {config.name} can't be read ({reason}); with its files on "
             f"this machine, set {where}.path=/folder/of/them (parquet or jsonl)"

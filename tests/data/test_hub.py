@@ -111,9 +111,14 @@ def test_reading_stops_when_there_are_tokens_enough(dataset, tmp_path):
     assert 5000 <= TokenShards.open(some / "train").num_tokens < 7000
 
 
-def test_a_missing_column_is_named(dataset, tmp_path):
-    with pytest.raises(OSError, match="has no column 'text', only content, id; .*text_field"):
-        prepare(config(dataset) | {"text_field": "text"}, BPE, tmp_path)
+def test_what_the_dataset_has_not_is_named(dataset, tmp_path):
+    column = config(dataset) | {"text_field": "text"}
+    with pytest.raises(ValueError, match="^data.hub: .* has no column 'text', only content, id; "):
+        prepare(column, BPE, tmp_path)
+    with pytest.raises(ValueError, match="^data.hub: .*split"):
+        prepare(config(dataset, split="nothing"), BPE, tmp_path)
+    with pytest.raises(ValueError, match="^data.hub: .*'nothing' not found"):
+        prepare(config(dataset, subset="nothing"), BPE, tmp_path)
 
 
 @pytest.mark.parametrize(
