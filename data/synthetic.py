@@ -26,6 +26,8 @@ PASSKEYS = (
     ("To open the gate, type {value}.", "The gate opens when you type"),
     ("Note for later: the access number is {value}.", "The access number noted earlier is"),
     ("(By the way, the combination of the lock is {value}.)", "The lock's combination is"),
+    ("Write down {value}; it will be asked for.", "What was to be written down is"),
+    ("The counter showed {value} when we left.", "When we left, the counter showed"),
 )
 NEEDLES = (
     ("{key} lives at house number {value}.", "The house number of {key} is"),
@@ -36,6 +38,10 @@ NEEDLES = (
     ("The password that {key} chose is {value}.", "{key} chose the password"),
     ("According to the register, {key} arrived on ship {value}.", "{key} arrived on ship"),
     ("Parcel {value} is addressed to {key}.", "The parcel addressed to {key} is"),
+    ("{key} sat in seat {value}.", "The seat that {key} took was"),
+    ("The clock in {key}'s hall stopped at {value}.", "In {key}'s hall the clock stopped at"),
+    ("{key}: {value}", "{key}:"),
+    ("They counted {value} steps to the door of {key}.", "To the door of {key}, the steps number"),
 )
 COPY = ("\n\nThe same once more, from the beginning:\n\n", "\n\n=== copy ===\n\n", "\n\nAgain:\n")
 ONSETS = "b br d dr f g gr h j k kl l m n p pr r s st t tr v w z".split()
