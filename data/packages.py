@@ -3,7 +3,7 @@
     python data/packages.py ~/corpus               all of it: some 300 MB of text and code, more where
                                                    many Python packages are installed
     python data/packages.py ~/corpus gcide perl    some of it
-    python train/pretrain.py +experiment=nsa_64k data=folder data.path=~/corpus
+    python train/pretrain.py +experiment=nsa_64k data=packages data.sources.text.path=~/corpus
 
 On any Debian machine with its package lists there (`apt-get update`); nothing is installed, and root
 isn't needed. Each source becomes one <name>.jsonl.zst with `text`, `source` and `id`; one that is

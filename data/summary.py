@@ -36,12 +36,7 @@ def table(folder: Path, summary: dict) -> str:
     """The summary of a corpus from text, some twenty lines."""
     train, validation = summary["train"], summary["validation"]
     lines = [f"data: {folder}", f"  {summary['split']}"]
-    if summary["ignored_files"]:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in summary["ignored_files"].items())
-        lines += [f"  left out, not a kind that is read: {kinds}"]
-    if any(summary["duplicates"].values()):
-        counts = (f"{n:,} {kind}" for kind, n in summary["duplicates"].items() if n)
-        lines += [f"  left out, documents that were there before: {', '.join(counts)}"]
+    lines += [f"  left out, {what}" for what in _left_out(summary)]
     if summary["commit"]:
         lines += [f"  from commit {summary['commit']} of the dataset"]
     lines += [f"  vocabulary of {summary['tokenizer']['vocab_size']:,} tokens"]
@@ -87,11 +82,23 @@ def mixture_table(folder: Path, summary: dict) -> str:
             share = _share(train, LONG[-1])
             numbers = f"{train['documents']:>12,}{train['tokens']:>16,}{share:>8}"
         lines.append(f"  {name:<16}{weight:>8.1%}{numbers}")
+        lines += [f"  {'':<16}left out, {what}" for what in _left_out(source)]
     validation = summary["validation"]
     lines.append(
         f"  validation: {validation['documents']:,} documents, {validation['tokens']:,} tokens"
     )
     return "\n".join(lines)
+
+
+def _left_out(summary: dict) -> list[str]:
+    """What of a source was not taken; nothing for tasks."""
+    found = []
+    if ignored := summary.get("ignored_files"):
+        kinds = ", ".join(f"{n} {kind}" for kind, n in ignored.items())
+        found.append(f"not a kind that is read: {kinds}")
+    if counts := [f"{n:,} {kind}" for kind, n in summary.get("duplicates", {}).items() if n]:
+        found.append(f"documents that were there before: {', '.join(counts)}")
+    return found
 
 
 def _share(side: dict, length: int) -> str:

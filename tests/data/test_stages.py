@@ -39,9 +39,11 @@ WEIGHTS = {"novels": 0.5, "code": 0.3, "tasks": 0.2}
 
 
 def test_a_mixture_of_text_and_tasks(folders, tmp_path, capsys):
+    (folders / "code" / "copy.txt").write_text((folders / "code" / "3.txt").read_text())
     path = prepare(mixture(folders, WEIGHTS), BPE, tmp_path)
     out = capsys.readouterr().out
     assert "novels" in out and "50.0%" in out and "made while training" in out
+    assert "left out, documents that were there before: 1 equal" in out
     assert sorted(p.name.rsplit("-", 1)[0] for p in tmp_path.glob("[!.]*")) == [
         "code", "mixed", "novels", "tokenizer",
     ]  # fmt: skip
