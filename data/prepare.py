@@ -224,8 +224,7 @@ def _tokenizer(config: TokenizerConfig, corpora: dict, root: Path) -> Tokenizer:
 
     def build(partial: Path) -> None:
         with _bar("training the tokenizer") as bar:
-            seen = (bar.update(len(text)) or text for text in texts())
-            trained = train_tokenizer(seen, config.vocab_size)
+            trained = train_tokenizer(_watched(texts(), bar), config.vocab_size)
         trained.save(str(partial / "tokenizer.json"))
         if (size := vocab_size(trained)) < config.vocab_size:
             note = f"tokenizer: {size:,} tokens, not {config.vocab_size:,}: no more pairs repeat"
@@ -300,6 +299,12 @@ def _say(show: Callable[[Path, dict], str], folder: Path) -> None:
 def _bar(label: str, total: int | None = None) -> tqdm:
     """A bar on a terminal, nothing in a log."""
     return tqdm(desc=label, total=total, unit="B", unit_scale=True, disable=None)
+
+
+def _watched(texts: Iterator[str], bar: tqdm) -> Iterator[str]:
+    for text in texts:
+        yield text
+        bar.update(len(text.encode()))
 
 
 def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:

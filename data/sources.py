@@ -93,19 +93,54 @@ def _read(file: BinaryIO, path: PurePosixPath, text_field: str) -> Iterator[str]
     if kind == "parquet":
         yield from _read_parquet(file, text_field)
         return
-    if path.suffix.lower() in (".gz", ".tgz"):
+    compressed = path.suffix.lower() in (".gz", ".tgz", ".zst")
+    if compressed and not file.read(1):
+        raise ValueError("is empty, which no compressed file is")
+    file.seek(0)
+    if path.suffix.lower() == ".zst":
+        file = io.BufferedReader(_ZstdFile(file))
+    elif compressed:
         file = gzip.open(file)
-    elif path.suffix.lower() == ".zst":
-        # Archives for keeps are written with windows that the library refuses unless asked.
-        file = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(
-            file, read_across_frames=True
-        )
     if kind == "tar":
         yield from _read_tar(file, text_field)
+        file.read()  # what is behind its end holds the checksum of what came before
         return
     # utf-8-sig drops the mark that Windows editors put in front.
     lines = io.TextIOWrapper(file, encoding="utf-8-sig")
     yield from [lines.read()] if kind == "text" else _read_jsonl(lines, text_field)
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompresses, also with a window that `zstd` wants a flag for, and one frame after another.
+
+    Unlike the library's own reader it notices a file that was cut short.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._frame = file, None
+        self._input, self._output = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(1 << 16)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("ends in the middle of its compressed text")
+                return 0
+            if self._frame is None:
+                decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+                self._frame = decompressor.decompressobj()
+            self._output = memoryview(self._frame.decompress(self._input))
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._output))
+        buffer[:count] = self._output[:count]
+        self._output = self._output[count:]
+        return count
 
 
 def _read_jsonl(lines: io.TextIOWrapper, text_field: str) -> Iterator[str]:
@@ -118,7 +153,7 @@ def _read_jsonl(lines: io.TextIOWrapper, text_field: str) -> Iterator[str]:
 
 
 def _read_parquet(file: BinaryIO, text_field: str) -> Iterator[str]:
-    table = pyarrow.parquet.ParquetFile(file)
+    table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
     check_column(text_field, table.schema_arrow.names)
     for rows in table.iter_batches(BATCH, columns=[text_field]):
         for text in rows[text_field].to_pylist():

@@ -1,8 +1,11 @@
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -235,3 +238,18 @@ def test_the_command(books, tmp_path, monkeypatch):
         f"error: data.path: nothing at {tmp_path}/nothing (a file, folder"
     )
     assert done.stderr.count("\n") == 1
+
+
+def test_a_terminal_sees_how_far_it_is(books, tmp_path):
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    command = [sys.executable, "data/prepare.py", "data=folder", f"data.path={books}"]
+    command += ["tokenizer.vocab_size=300", f"output_dir={tmp_path / 'out'}"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=terminal, timeout=60)
+    os.close(terminal)
+    shown = ""
+    with suppress(OSError), open(screen, "rb", buffering=0) as file:  # that is how a screen ends
+        while part := file.read(1 << 16):
+            shown += part.decode()
+    assert done.returncode == 0, shown
+    assert "training the tokenizer: " in shown and "tokenizing folder: 100%" in shown
