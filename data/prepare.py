@@ -116,7 +116,9 @@ def _prepare_mixture(config: MixtureConfig, tokenizer_config: TokenizerConfig, r
             folder = _prepare_text(source, corpora[name][1], tokenizer, root)
         else:
             folder = _shards_of(source, fingerprint(tokenizer), f"data.sources.{name}")
-        mixture["sources"][name] = {"folder": str(folder)}
+        # What lies beside it is named without its parents: the whole root may move.
+        place = folder.name if folder.parent == root else str(folder)
+        mixture["sources"][name] = {"folder": place}
 
     def build(partial: Path) -> None:
         tokenizer.save(str(partial / "tokenizer.json"))
@@ -125,10 +127,10 @@ def _prepare_mixture(config: MixtureConfig, tokenizer_config: TokenizerConfig, r
         for name, source in mixture["sources"].items():
             summaries[name] = source
             if "folder" in source:
-                held_out = TokenShards.open(Path(source["folder"]) / "validation")
+                held_out = TokenShards.open(root / source["folder"] / "validation")
                 for i in range(held_out.num_documents):
                     writer.add(held_out.document(i), held_out.document_bytes(i))
-                summaries[name] = json.loads((Path(source["folder"]) / "summary.json").read_text())
+                summaries[name] = json.loads((root / source["folder"] / "summary.json").read_text())
         summary = {
             "name": config.name,
             "weights": config.weights,

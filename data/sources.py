@@ -103,7 +103,8 @@ def _read(file: BinaryIO, path: PurePosixPath, text_field: str) -> Iterator[str]
         file = gzip.open(file)
     if kind == "tar":
         yield from _read_tar(file, text_field)
-        file.read()  # what is behind its end holds the checksum of what came before
+        while file.read(1 << 20):  # behind its end is the checksum of what came before
+            pass
         return
     # utf-8-sig drops the mark that Windows editors put in front.
     lines = io.TextIOWrapper(file, encoding="utf-8-sig")

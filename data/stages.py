@@ -60,7 +60,9 @@ def fingerprint(path: Path) -> str:
     mixture = json.loads((path / MIXTURE).read_text())
     for source in mixture["sources"].values():
         if "folder" in source:
-            source["folder"] = TokenShards.open(Path(source["folder"]) / "train").fingerprint
+            source["folder"] = TokenShards.open(
+                path.parent / source["folder"] / "train"
+            ).fingerprint
     return hashlib.sha256(json.dumps(mixture, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -73,7 +75,7 @@ def _open(path: Path, stage: Stage, seed: int) -> Loader:
     weights = mixture["weights"] if stage.weights is None else stage.weights
     check_weights(weights, list(mixture["sources"]))
     shards = {
-        name: TokenShards.open(Path(source["folder"]) / "train", made_by)
+        name: TokenShards.open(path.parent / source["folder"] / "train", made_by)
         for name, source in mixture["sources"].items()
         if "folder" in source
     }

@@ -99,6 +99,19 @@ def test_tokens_that_are_there_are_a_source(folders, tmp_path):
         prepare(shards, BPE, tmp_path)
     mixed = prepare(mixture(folders, WEIGHTS, code=shards), {"path": str(made)}, tmp_path)
     sources = json.loads((mixed / "mixture.json").read_text())["sources"]
+    assert sources["code"] == {"folder": made.name}
+
+    before = fingerprint(mixed)
+    moved = (tmp_path / "elsewhere").resolve()
+    moved.mkdir()
+    for folder in tmp_path.glob("*-*"):
+        folder.rename(moved / folder.name)
+    assert fingerprint(moved / mixed.name) == before
+    assert open_stages(moved / mixed.name, [Stage(512)], seed=0)[0].batch(0, 9)
+    made = moved / made.name
+    shards["shards"] = str(made)
+    mixed = prepare(mixture(folders, WEIGHTS, code=shards), {"path": str(made)}, tmp_path)
+    sources = json.loads((mixed / "mixture.json").read_text())["sources"]
     assert sources["code"] == {"folder": str(made)}
 
     other = prepare({"name": "y", "path": str(folders / "novels"), **TEXT}, BPE, tmp_path)
