@@ -4,6 +4,7 @@ A document never is on both sides, nor a copy of it; nor in a mixture, whose sou
 documents, if they hold out the same fraction.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from hashlib import blake2b
@@ -14,7 +15,7 @@ import numpy as np
 
 from data.config import TextConfig
 from data.hub import pinned, read_rows
-from data.sources import find_files, read_file
+from data.sources import find_files, read_file, unread_members
 
 
 class Document(NamedTuple):
@@ -30,17 +31,17 @@ class Corpus:
     """The text of one config, read as a stream, as often as needed. Blank documents are left out.
 
     Attributes:
-        files, ignored: what is read, and how much of which other kinds lay there; empty for the hub.
+        files: what is read; empty for the hub.
         num_bytes: UTF-8 bytes of all documents, where they were counted, or None.
     """
 
     def __init__(self, config: TextConfig, where: str):
         self._config, self._where = config, where
-        self.files, self.ignored, self.num_bytes = [], {}, None
+        self.files, self._ignored, self.num_bytes = [], Counter(), None
         self._num_held_out = 0
         validation = config.validation.path
         if config.path is not None:
-            self.files, self.ignored = find_files(config.path, f"{where}.path")
+            self.files, self._ignored = find_files(config.path, f"{where}.path")
         if validation is not None:
             held_out_files, _ = find_files(validation, f"{where}.validation.path")
             held_out = {file.resolve() for file in held_out_files}
@@ -52,6 +53,10 @@ class Corpus:
                 )
             # First, so that of equal documents the held out one is kept.
             self.files, self._num_held_out = held_out_files + train, len(held_out_files)
+
+    def ignored(self) -> dict[str, int]:
+        """How many files of which kinds are not read, those inside archives too."""
+        return dict(sum(map(unread_members, self.files), self._ignored.copy()))
 
     @property
     def stamp(self) -> list:

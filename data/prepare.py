@@ -174,7 +174,7 @@ def _prepare_text(config: TextConfig, corpus: Corpus, tokenizer: Tokenizer, root
             "path": config.path or config.hub.name,
             "commit": corpus.commit,
             "files": len(corpus.files),
-            "ignored_files": dict(corpus.ignored),
+            "ignored_files": corpus.ignored(),
             "split": corpus.split,
             "duplicates": {"equal": seen.exact, "nearly equal": seen.near},
             "tokenizer": {

@@ -88,19 +88,36 @@ def read_file(path: Path, text_field: str) -> Iterator[str]:
         raise ValueError(f"{path}: {_explain(error)}") from error
 
 
-def _read(file: BinaryIO, path: PurePosixPath, text_field: str) -> Iterator[str]:
-    kind = file_format(path)
-    if kind == "parquet":
-        yield from _read_parquet(file, text_field)
-        return
+def unread_members(path: Path) -> Counter[str]:
+    """The files of an archive that `read_file` passes over, by suffix; none for other files."""
+    if file_format(path) != "tar":
+        return Counter()
+    with open(path, "rb") as file, tarfile.open(fileobj=_plain(file, path), mode="r|") as archive:
+        members = [PurePosixPath(member.name) for member in archive if member.isfile()]
+    return Counter(
+        member.suffix or member.name
+        for member in members
+        if not _is_hidden(member) and not file_format(member)
+    )
+
+
+def _plain(file: BinaryIO, path: PurePosixPath) -> BinaryIO:
+    """The file without its compression, which its name tells."""
     compressed = path.suffix.lower() in (".gz", ".tgz", ".zst")
     if compressed and not file.read(1):
         raise ValueError("is empty, which no compressed file is")
     file.seek(0)
     if path.suffix.lower() == ".zst":
-        file = io.BufferedReader(_ZstdFile(file))
-    elif compressed:
-        file = gzip.open(file)
+        return io.BufferedReader(_ZstdFile(file))
+    return gzip.open(file) if compressed else file
+
+
+def _read(file: BinaryIO, path: PurePosixPath, text_field: str) -> Iterator[str]:
+    kind = file_format(path)
+    if kind == "parquet":
+        yield from _read_parquet(file, text_field)
+        return
+    file = _plain(file, path)
     if kind == "tar":
         yield from _read_tar(file, text_field)
         while file.read(1 << 20):  # behind its end is the checksum of what came before

@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 
 from data.config import command_line, from_config, resolve_path
 from data.shards import TokenShards
+from data.stages import MIXTURE
 from data.tokenizer import load_tokenizer
 
 ENOUGH = 1 << 26  # bytes of training text; 64 MiB fill the counts of two bytes' contexts
@@ -104,7 +105,7 @@ def run_baseline(folder: Path) -> dict:
     result = {
         "order": 2,
         "bits_per_byte": bits_per_byte(
-            _texts(data_path, "train", ENOUGH), _texts(data_path, "validation")
+            _training_texts(data_path), _texts(data_path / "validation", data_path)
         ),
         "data_path": str(data_path),
     }
@@ -119,9 +120,20 @@ def _contexts(document: bytes) -> np.ndarray:
     return x[:-2] << 16 | x[1:-1] << 8 | x[2:]
 
 
-def _texts(data_path: Path, side: str, limit: float = float("inf")) -> Iterator[bytes]:
+def _training_texts(data_path: Path) -> Iterator[bytes]:
+    """ENOUGH bytes of the training documents; of a mixture, as much of each source with text."""
+    if not (data_path / MIXTURE).exists():
+        yield from _texts(data_path / "train", data_path, ENOUGH)
+        return
+    sources = json.loads((data_path / MIXTURE).read_text())["sources"].values()
+    folders = [data_path.parent / s["folder"] / "train" for s in sources if "folder" in s]
+    for folder in folders:
+        yield from _texts(folder, data_path, ENOUGH / len(folders))
+
+
+def _texts(folder: Path, data_path: Path, limit: float = float("inf")) -> Iterator[bytes]:
     """The documents of a split as bytes, until `limit` bytes have come."""
-    shards = TokenShards.open(data_path / side)
+    shards = TokenShards.open(folder)
     tokenizer = load_tokenizer(data_path / "tokenizer.json")
     for i in range(shards.num_documents):
         text = tokenizer.decode(shards.document(i)[1:].tolist(), skip_special_tokens=False).encode()

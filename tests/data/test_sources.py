@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.sources import find_files, read_file
+from data.sources import find_files, read_file, unread_members
 
 
 @pytest.fixture
@@ -85,6 +85,7 @@ def test_an_archive_stands_for_its_files(tmp_path, read, suffix):
     path = write(tmp_path / f"books{suffix}", content)
     assert find_files(str(tmp_path), "data.path")[0] == [path]
     assert read(path) == ["a\n", "b", "c", "in parquet", "e"]
+    assert unread_members(path) == {".png": 1}
     write(path, content[: len(content) // 2])
     with pytest.raises(ValueError, match=f"^{path}: "):
         read(path)

@@ -1,5 +1,6 @@
 """The order-2 model on sources whose entropy is known."""
 
+import json
 import shutil
 
 import numpy as np
@@ -59,16 +60,34 @@ def test_documents_are_apart():
     assert apart < 0.1 < 1 < joined  # where documents start and end was learnt, or was not
 
 
+def write_shards(folder, texts, tokenizer):
+    name, eot_id = fingerprint(tokenizer), end_of_text_id(tokenizer)
+    writer = ShardWriter(folder, vocab_size(tokenizer), eot_id, name)
+    for tokens, num_bytes in encode_documents(tokenizer, texts):
+        writer.add(tokens, num_bytes)
+    writer.close()
+
+
+def test_on_a_mixture(tmp_path, tokenizer):
+    data, run = tmp_path / "mixture", tmp_path / "run"
+    for name, text in (("one", TEXT[:9000]), ("two", TEXT[9000:20000])):
+        write_shards(tmp_path / name / "train", [text], tokenizer)
+    write_shards(data / "validation", [TEXT[20000:]], tokenizer)
+    tokenizer.save(str(data / "tokenizer.json"))
+    sources = {"a": {"folder": "one"}, "tasks": {"haystack": "a"}, "b": {"folder": "two"}}
+    (data / "mixture.json").write_text(json.dumps({"sources": sources}))
+    run.mkdir()
+    (run / "config.yaml").write_text(f"data_path: {data}\n")
+    texts = [text.encode() for text in (TEXT[:9000], TEXT[9000:20000], TEXT[20000:])]
+    expected = bits_per_byte(texts[:2], texts[2:])
+    assert run_baseline(run)["bits_per_byte"] == pytest.approx(expected, rel=1e-12)
+
+
 def test_on_the_data_of_a_run(tmp_path, tokenizer):
     data, run = tmp_path / "data", tmp_path / "run"
     splits = {"train": [TEXT[:9000], TEXT[9000:20000]], "validation": [TEXT[20000:]]}
     for side, texts in splits.items():
-        writer = ShardWriter(
-            data / side, vocab_size(tokenizer), end_of_text_id(tokenizer), fingerprint(tokenizer)
-        )
-        for tokens, num_bytes in encode_documents(tokenizer, texts):
-            writer.add(tokens, num_bytes)
-        writer.close()
+        write_shards(data / side, texts, tokenizer)
     tokenizer.save(str(data / "tokenizer.json"))
     run.mkdir()
     (run / "config.yaml").write_text(f"data_path: {data}\n")

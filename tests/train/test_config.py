@@ -75,7 +75,9 @@ def test_a_mistake_is_one_sentence(overrides, message):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sentence is for machines without CUDA")
 def test_a_gpu_recipe_without_a_gpu_names_the_way_out():
-    with pytest.raises(ValueError, match=r"\+experiment=quickstart.*device=cpu data=austen model=tiny"):
+    with pytest.raises(
+        ValueError, match=r"\+experiment=quickstart.*device=cpu data=austen model=tiny"
+    ):
         check_config(resolved("+experiment=nsa_64k"))
 
 
