@@ -74,7 +74,8 @@ def inspect(settings: InspectSettings) -> Iterator[str]:
     yield f"{path}: {loader.padding_share:.2%} padding in sequences of {seq_len:,} tokens"
     for sample in range(settings.first, settings.first + settings.samples):
         batch = loader.batch(sample, 1)
-        yield f"sample {sample:,}: {len(batch.cu_seqlens) - 1} documents"
+        count = len(batch.cu_seqlens) - 1
+        yield f"sample {sample:,}: {count} document" + "s" * (count != 1)
         yield from show(batch, tokenizer, settings.characters)
 
 
