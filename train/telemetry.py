@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,6 +46,48 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     return {"python": platform.python_version(), **found, "device": hardware, "commit": commit}
+
+
+def code_fingerprint() -> str:
+    """Of every source file that a run executes; shown when a run goes on with other code."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for room in ("kernels", "model", "data", "train"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Stopwatch:
+    """Seconds of a step by part. On a GPU the parts are timed there, by events in its queue, so
+    nothing waits: a part is the time the GPU spent in it or idle before the next."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.laps: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        self.laps = [("", self._now())]
+
+    def lap(self, part: str) -> None:
+        """What has passed since the last lap belongs to `part`."""
+        self.laps.append((part, self._now()))
+
+    def stop(self) -> dict[str, float]:
+        """Seconds by part, and of the whole `step`. Waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = {}
+        for (_, before), (part, after) in pairwise(self.laps):
+            passed = before.elapsed_time(after) / 1000 if self.cuda else after - before
+            seconds[part] = seconds.get(part, 0.0) + passed
+        return {"step": sum(seconds.values()), **seconds}
 
 
 class Telemetry:
