@@ -215,8 +215,9 @@ class Decoder(nn.Module):
         Follows the PaLM convention (arXiv 2204.02311, appendix B) with causal attention counted
         once and only the pairs that the attention design visits.
         """
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
-        if self.head is not None:
-            matrices -= self.embedding.weight.numel()  # a look-up, not a product
+        matrices = 0.0 if self.head is not None else self.embedding.weight.numel()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                matrices += module.weight.numel() * getattr(module, "rows_per_token", 1)
         attention = sum(block.attention.flops(seq_len) for block in self.blocks)
         return 6.0 * matrices + 3.5 * attention / seq_len

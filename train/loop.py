@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -27,7 +28,8 @@ from train.checkpoint import (
 from train.config import RunConfig
 from train.engine import Engine, Ranks
 from train.faults import WINDOW, SpikeError, StopSignal, spike
-from train.telemetry import Stopwatch, Telemetry, code_fingerprint, environment, peak_flops
+from train.probe import NSAProbe
+from train.telemetry import Profiler, Stopwatch, Telemetry, code_fingerprint, environment, peak_flops
 
 
 def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
@@ -92,6 +94,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     peak = peak_flops(device)
     bytes_of = torch.from_numpy(token_bytes(tokenizer)).to(device)
     watch = Stopwatch(device)
+    profiler = Profiler(folder / "profile", run.log.profile if ranks.rank == 0 else None)
     while True:
         final = state.step == run.num_steps
         now = {"step": state.step, "tokens": state.tokens, "time": round(state.seconds, 3)}
@@ -100,11 +103,10 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             limit = None if final else settings.validation_tokens
             batches = list(validation_batches(validation, settings.seq_len, eot, limit))
             if scores := validate(engine, batches, bytes_of, ranks, stop):
-                loss, bits = scores
-                telemetry.record(now | {"val/loss": loss, "val/bpb": bits})
+                telemetry.record(now | scores)
                 say(
-                    f"step {state.step}  validation loss {loss:.4f} nats per token, "
-                    f"{bits:.4f} bits per byte"
+                    f"step {state.step}  validation loss {scores['val/loss']:.4f} nats per token, "
+                    f"{scores['val/bpb']:.4f} bits per byte"
                 )
                 state.validated = state.step
 
@@ -118,6 +120,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         # One optimizer step. A signal between two passes gives the half step up; it is repeated
         # when the run continues.
         watch.start()
+        profiler.before(state.step + 1)
         engine.train()
         # The rate at the middle of the step's tokens, so that the first step already moves.
         lr = run.lr(state.tokens + settings.batch_tokens / 2)
@@ -148,6 +151,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             watch.lap("optimizer")
             seconds = watch.stop()
             state.step += 1
+            profiler.after(state.step)
             state.samples += run.sequences_per_step
             state.tokens += settings.batch_tokens
             state.seconds += seconds["step"]
@@ -189,11 +193,13 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
 
 @torch.no_grad()
 def validate(engine: Engine, batches: list, bytes_of: torch.Tensor, ranks: Ranks, stop: StopSignal):
-    """Mean loss in nats per token, and bits per UTF-8 byte of the text that the targets stand for.
+    """val/loss in nats per token, val/bpb in bits per UTF-8 byte of the text that the targets stand
+    for, and what NSA's gates and selection do on the first batch; None after a signal.
 
-    bytes_of int64 [vocab] counts each token's bytes. Ranks share the batches. None after a signal.
+    bytes_of int64 [vocab] counts each token's bytes. Ranks share the batches.
     """
     engine.train(False)
+    probe = NSAProbe()
     sums = torch.zeros(3, device=ranks.device, dtype=torch.float64)
     for start in range(0, len(batches), ranks.data_ranks):
         if stop.agreed():
@@ -201,13 +207,15 @@ def validate(engine: Engine, batches: list, bytes_of: torch.Tensor, ranks: Ranks
         # Every rank makes the same number of passes: ZeRO-3 gathers parameters in each.
         mine = start + ranks.data_rank
         batch = ranks.share(batches[min(mine, len(batches) - 1)]).to(ranks.device)
-        loss = engine(batch)
+        with contextlib.nullcontext() if start else probe:
+            loss = engine(batch)
         if mine < len(batches):
             num_bytes = bytes_of[batch.targets[batch.targets != IGNORED]].sum()
             sums += torch.stack([loss.nll_sum, loss.count, num_bytes])
     dist.all_reduce(sums)
     nll, count, num_bytes = sums.tolist()
-    return nll / count, nll / math.log(2) / num_bytes
+    bits = nll / math.log(2) / num_bytes
+    return {"val/loss": nll / count, "val/bpb": bits, **probe.metrics()}
 
 
 def _save_batch(folder: Path, loader, run: RunConfig, state: TrainState, reason: str, rank: int):

@@ -90,6 +90,31 @@ class Stopwatch:
         return {"step": sum(seconds.values()), **seconds}
 
 
+class Profiler:
+    """torch's profiler around the steps first … last: a trace for chrome://tracing or Perfetto, and
+    the table of operators that took the longest."""
+
+    def __init__(self, folder: Path, steps: list[int] | None):
+        self.folder, self.steps, self.profile = folder, steps or [0, -1], None
+
+    def before(self, step: int) -> None:
+        if step == self.steps[0]:
+            self.profile = torch.profiler.profile()
+            self.profile.start()
+
+    def after(self, step: int) -> None:
+        if self.profile is None or step < self.steps[1]:
+            return
+        self.profile.stop()
+        self.folder.mkdir(exist_ok=True)
+        name = "steps_{}_{}".format(*self.steps)
+        self.profile.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        table = self.profile.key_averages().table(f"self_{device}_time_total", 30)
+        (self.folder / f"{name}.txt").write_text(table)
+        self.profile = None
+
+
 class Telemetry:
     """Rank 0's records; on other ranks every method does nothing."""
 

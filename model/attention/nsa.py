@@ -57,6 +57,8 @@ class MLPCompression(nn.Module):
         self.position = nn.Parameter(torch.zeros(geometry.compress_block, 1, head_dim))
         self.up_proj = nn.Linear(geometry.compress_block * head_dim, 4 * head_dim, bias=False)
         self.down_proj = nn.Linear(4 * head_dim, head_dim, bias=False)
+        for layer in (self.up_proj, self.down_proj):  # applied to blocks, not to tokens
+            layer.rows_per_token = num_kv_heads / geometry.compress_stride
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, own: slice = ALL_HEADS) -> Tensor:
         """x [T, heads, D] of the layer's key/value heads `own` -> [C, heads, D]"""
