@@ -11,6 +11,7 @@ import torch
 from data.config import TokenizerConfig, check_root, data_config, from_config, resolve_path
 from eval.needle import NeedleSettings
 from model.build import build_decoder
+from model.checkpoint import find_checkpoint
 from model.parallel import check_heads
 from train.optimizer import OptimizerConfig
 from train.schedule import Schedule
@@ -164,6 +165,8 @@ def check_config(raw: dict) -> RunConfig:
             f"train.batch_tokens={train.batch_tokens}."
         )
     _check_blocks(raw["attention"], train.seq_len)
+    if train.init_from:
+        find_checkpoint(resolve_path(train.init_from))
     data_config(raw["data"])
     from_config(TokenizerConfig, raw["tokenizer"], "tokenizer")
     from_config(NeedleSettings, raw["eval"], "eval")

@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from data.config import resolve_path
 from data.loader import validation_batches
 from data.shards import TokenShards
 from data.stages import Stage, fingerprint, open_stages
 from data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, vocab_size
 from model.build import build_decoder
+from model.checkpoint import init_from
 from model.loss import IGNORED
 from train.checkpoint import (
     Checkpoints,
@@ -29,7 +31,14 @@ from train.config import RunConfig
 from train.engine import Engine, Ranks
 from train.faults import WINDOW, SpikeError, StopSignal, spike
 from train.probe import NSAProbe
-from train.telemetry import Profiler, Stopwatch, Telemetry, code_fingerprint, environment, peak_flops
+from train.telemetry import (
+    Profiler,
+    Stopwatch,
+    Telemetry,
+    code_fingerprint,
+    environment,
+    peak_flops,
+)
 
 
 def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
@@ -46,6 +55,10 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     [loader] = open_stages(data_path, [Stage(settings.seq_len)], run.seed)
     torch.manual_seed(run.seed)  # the same weights on every rank
     model = build_decoder(run.raw["model"], run.raw["attention"], vocab_size(tokenizer))
+    found = newest_checkpoint(folder)  # train.resume was checked before we came here
+    origin = "fresh"
+    if settings.init_from and not found:
+        origin = init_from(model, resolve_path(settings.init_from), tokenizer)
     num_parameters = model.num_parameters()
     flops_per_token = model.flops_per_token(settings.seq_len)
     engine = Engine(model, run, ranks)
@@ -60,7 +73,6 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     # -- where it stands
     code = code_fingerprint()
     state = TrainState(data=fingerprint(data_path), code=code)
-    found = newest_checkpoint(folder)  # train.resume was checked before we came here
     changes = differences(found, config, code) if found else []
     if found:
         state = load_checkpoint(found, engine)
@@ -69,7 +81,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         _write_records(folder, config, data_path, environment(device), state)
     telemetry = Telemetry(folder, config, run.log, run.num_steps, active=ranks.rank == 0)
     say = telemetry.say
-    say(f"run         {folder}" + (f", resumed at step {state.step}" if found else ""))
+    say(f"run         {folder}, {f'resumed at step {state.step}' if found else origin}")
     for change in changes:
         say(f"note        since the checkpoint, {change}")
     say(f"model       {num_parameters / 1e6:.1f}M parameters, {run.raw['attention']['_target_']}")

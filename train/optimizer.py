@@ -131,10 +131,11 @@ class WholeOptimizer(Refusable, torch.optim.Optimizer):
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the fp32 values into the model."""
-        for parameter, master in self.masters.items():
-            if master is not parameter:
-                master.grad = None
-                parameter.copy_(master)
+        copies = [(p, master) for p, master in self.masters.items() if master is not p]
+        if copies:
+            torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+        for _, master in copies:
+            master.grad = None
 
 
 def _master(parameter: Tensor) -> Tensor:

@@ -129,3 +129,28 @@ def test_torchrun_shares_one_folder(outputs):
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("step 6/6") == 1
     same_curve(outputs / "whole", outputs / "torchrun", rel=1e-5)
+
+
+def test_a_sparse_run_starts_from_a_dense_one(outputs):
+    pretrain(outputs, "name=dense", "attention=full", "train.max_steps=4")
+    how = ["name=sparse", f"train.init_from={outputs}/dense", "train.max_steps=2"]
+    text = pretrain(outputs, *how)
+    assert "weights of" in text and "are new, such as blocks.0.attention.compress_k" in text
+    dense, sparse = metrics(outputs / "dense"), metrics(outputs / "sparse")
+    assert sparse[0]["loss"] < dense[0]["loss"] - 0.05  # it does not start anew
+    text = pretrain(outputs, *how, "train.resume=true", "train.max_steps=3")
+    assert "resumed at step 2" in text and "weights of" not in text
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["tokenizer.vocab_size=400"], "with another tokenizer"),
+        (["model.ffn_dim=32"], "the sizes of the model must be the same"),
+        (["train.init_from=/no/such/run"], "neither a checkpoint"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(outputs, overrides, message):
+    how = ["name=misfit", "train.max_steps=1", f"train.init_from={outputs}/whole", *overrides]
+    run = start(outputs, *how)
+    assert run.wait() == [1] and message in run.text() and "Traceback" not in run.text()
