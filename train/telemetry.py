@@ -182,14 +182,16 @@ def _start_wandb(folder: Path, config: dict, log: LogConfig):
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     if mode == "disabled":
         return None
-    try:
-        import wandb
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for attempt in dict.fromkeys((mode, "offline")):  # without a server: into a file, for later
+        try:
+            import wandb
 
-        os.environ.setdefault("WANDB_SILENT", "true")
-        return wandb.init(
-            project=log.wandb_project, name=config["name"], config=config, dir=str(folder),
-            mode=mode,
-        )  # fmt: skip
-    except Exception as error:
-        print(f"W&B is off for this run ({error}); metrics.jsonl has everything.", flush=True)
-        return None
+            settings = wandb.Settings(init_timeout=30, finish_timeout=60)
+            return wandb.init(
+                project=log.wandb_project, name=config["name"], config=config, dir=str(folder),
+                mode=attempt, settings=settings,
+            )  # fmt: skip
+        except Exception as error:
+            print(f"W&B {attempt} failed ({error}); metrics.jsonl has everything.", flush=True)
+    return None
