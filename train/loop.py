@@ -158,7 +158,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             mean = nll / count if count else math.nan
             step = engine.step(
                 lambda norm, loss=mean: spike(loss, norm, state.recent, settings.spike_sigma),
-                measure=(state.step + 1) % run.log.every == 0,
+                measure=(state.step + 1) % run.log.every == 0 or state.step + 1 == run.num_steps,
             )
             watch.lap("optimizer")
             seconds = watch.stop()
