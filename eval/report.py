@@ -247,7 +247,7 @@ def _attention(run: Run) -> str:
         Series("overlap with the token before", over_time("selection/overlap")),
         Series("taken always", over_time("selection/forced"), "second"),
     ]
-    rows = [("layer", *(f"gate, {branch}" for branch in BRANCHES), "overlap", "taken always")]
+    rows = [("layer", *BRANCHES, "overlap", "always")]
     for i in layers:
         keys = [f"gates/{branch}" for branch in BRANCHES] + [
             "selection/overlap",
@@ -264,8 +264,8 @@ def _attention(run: Run) -> str:
         "takes, on the first validation batch.</p>"
         f'<div class="grid two">{line_chart("Gates, mean over layers and heads", gates)}'
         f"{line_chart('Selected blocks', shares)}</div>"
-        f'<div class="grid two"><figure>{_table(rows)}</figure>'
-        f"<figure>{_table(distances)}</figure></div>"
+        f'<div class="grid two"><figure><figcaption><b>Last validation, by layer</b></figcaption>'
+        f"{_table(rows)}</figure><figure>{_table(distances)}</figure></div>"
     )
 
 
