@@ -92,8 +92,16 @@ class Bench:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         if status:
-            raise RuntimeError((self.runs / f"{name}.log").read_text()[-1500:])
+            raise RuntimeError(self.reason(name))
         return self.summary(name)
+
+    def reason(self, name: str) -> str:
+        """What a failed run said: its own sentences, else the end of its output."""
+        text = (self.runs / f"{name}.log").read_text()
+        told = [
+            line for line in text.splitlines() if line.startswith("error:") or "Error: " in line
+        ]
+        return "\n".join(told[:3]) or text[-800:]
 
     def summary(self, name: str) -> dict:
         lines = (self.runs / name / "metrics.jsonl").read_text().splitlines()
@@ -134,7 +142,7 @@ def disturbed(bench: Bench, number: int, recipe: list[str]) -> dict:
     deadline = time.monotonic() + LIMIT
     while not metrics.exists() or metrics.read_text().count('"loss"') < 3:
         if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError((bench.runs / f"{name}.log").read_text()[-1500:])
+            raise RuntimeError(bench.reason(name))
         time.sleep(0.1)
     sent = time.monotonic()
     os.kill(children(process)[1], number)
