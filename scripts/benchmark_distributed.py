@@ -179,11 +179,13 @@ def main() -> None:
 
     # One GPU: both lengths at once, on two GPUs, after the data is prepared by the first.
     alone = {
-        "short": bench.part("1 rank, short", lambda: bench.run("s1", 1, *recipe(short, "full")))
+        "short": bench.part(
+            "1 rank, short", lambda: bench.run("alone_short", 1, *recipe(short, "full"))
+        )
     }
     pair = {
         name: bench.launch(name, 1, *recipe(long, attention), gpu=gpu)
-        for gpu, (name, attention) in enumerate({"n1": "nsa", "f1": "full"}.items())
+        for gpu, (name, attention) in enumerate({"alone_nsa": "nsa", "alone_full": "full"}.items())
     }
     for name, process in pair.items():
         alone[name] = bench.part(
@@ -200,11 +202,11 @@ def main() -> None:
         bench.part(
             f"{ranks} ranks, long nsa, ZeRO-{stage}",
             lambda zero=zero, stage=stage: bench.compared(
-                alone["n1"], f"n{ranks}{stage}", ranks, *recipe(long, "nsa"), zero
+                alone["alone_nsa"], f"n{ranks}{stage}", ranks, *recipe(long, "nsa"), zero
             ),
         )
     split = f"parallel.sequence={ranks}"
-    for attention, one in (("nsa", "n1"), ("full", "f1")):
+    for attention, one in (("nsa", "alone_nsa"), ("full", "alone_full")):
         for length, beside in ((long, alone[one]), (2 * long, {})):
             bench.part(
                 f"{ranks} ranks share a sequence of {length}, {attention}",

@@ -30,7 +30,7 @@ from train.checkpoint import (
 from train.config import RunConfig
 from train.engine import Engine, Ranks
 from train.faults import WINDOW, SpikeError, StopSignal, spike
-from train.probe import NSAProbe
+from model.probe import NSAProbe
 from train.telemetry import (
     Profiler,
     Stopwatch,

@@ -2,7 +2,7 @@ import torch
 
 from kernels.nsa.geometry import Geometry
 from model.build import build_decoder
-from train.probe import NSAProbe, selection_statistics
+from model.probe import NSAProbe, selection_statistics
 
 GEOMETRY = Geometry(4, 2, 4, 3, 8, 1, 1)
 MODEL = dict(
