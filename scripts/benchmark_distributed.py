@@ -175,7 +175,7 @@ def main() -> None:
 
     def recipe(length: int, attention: str) -> list[str]:
         sizes = [f"train.seq_len={length}", f"train.micro_batch_tokens={length}"]
-        return ["+experiment=nsa_64k", f"attention={attention}", *sizes, *steps]
+        return ["+experiment=nsa_64k", "data=austen", f"attention={attention}", *sizes, *steps]
 
     # One GPU: both lengths at once, on two GPUs, after the data is prepared by the first.
     alone = {

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from model.checkpoint import CONFIG, save_weights
+from train.config import RunConfig
 from train.engine import Engine
 from train.partition import Piece, pieces, refresh
 
@@ -37,10 +38,9 @@ PATIENCE = 1800  # seconds that rank 0 waits for the others' pieces
 
 @dataclass
 class TrainState:
-    """All that the loop remembers. The loader has no state but the number of samples."""
+    """All that the loop remembers. What the data has shown follows from the number of steps."""
 
     step: int = 0
-    samples: int = 0
     tokens: int = 0
     seconds: float = 0.0  # spent training, over all sittings
     updates: int = 0  # steps that were not skipped
@@ -65,25 +65,26 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState(**json.loads((checkpoint / STATE).read_text()))
 
 
-def check_resume(folder: Path, resume: bool | str, config: dict) -> None:
+def check_resume(run: RunConfig) -> None:
     """Refuse what would mix two runs in one folder, with one sentence.
 
-    resume=False wants a folder without checkpoints, True one with, "auto" takes either. The model
-    and its tokenizer must be the checkpoint's.
+    train.resume=false wants a folder without checkpoints, true one with, "auto" takes either. The
+    model and its tokenizer must be the checkpoint's.
     """
-    found = newest_checkpoint(folder)
+    folder, found = run.folder, newest_checkpoint(run.folder)
     if found is None:
-        if resume is True:
+        if run.train.resume is True:
             raise FileNotFoundError(
                 f"train.resume=true, but {folder} has no checkpoint; start the run without it."
             )
         return
-    if resume is False:
+    if run.train.resume is False:
         raise ValueError(
             f"{folder} already holds a run ({found.name}). Continue it with train.resume=true, "
             "give this one another name=…, or delete the folder."
         )
     stored = yaml.safe_load((found / CONFIG).read_text())
+    config = run.as_trained(read_state(found).step)
     for group in ("model", "attention", "tokenizer"):
         for key in stored[group] | config[group]:
             before, now = stored[group].get(key), config[group].get(key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ class TrainConfig:
     micro_batch_tokens: int
     max_tokens: int
     max_steps: int | None
+    stages: list
     precision: Literal["auto", "bf16", "fp32"]
     compile: bool
     activation_checkpointing: Literal["none", "full", "selective"]
@@ -42,16 +43,30 @@ class TrainConfig:
     init_from: str | None
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens % self.seq_len:
-            raise ValueError(
-                f"train.micro_batch_tokens={self.micro_batch_tokens} is not a multiple of "
-                f"train.seq_len={self.seq_len}."
-            )
         for name in (
             "validate_every", "checkpoint_every", "keep_checkpoints", "keep_every", "max_skipped",
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """An entry of train.stages: how a run goes on from a number of tokens."""
+
+    from_tokens: int
+    seq_len: int
+    rope_base: float | None = None  # None: as before
+    weights: dict | None = None  # shares of the sources' tokens; None: the data config's
+
+
+class LengthStage(NamedTuple):
+    """The part of a run that begins after `first_step` steps."""
+
+    first_step: int
+    seq_len: int
+    rope_base: float
+    weights: dict | None
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,7 @@ class RunConfig:
     schedule: Schedule
     parallel: ParallelConfig
     log: LogConfig
+    stages: tuple[LengthStage, ...]
     raw: dict
 
     @property
@@ -109,9 +125,32 @@ class RunConfig:
         """Where the run leaves everything; all ranks share it."""
         return self.output_dir / self.name
 
-    @property
-    def sequences_per_step(self) -> int:
-        return self.train.batch_tokens // self.train.seq_len
+    def stage(self, step: int) -> int:
+        """The number of the length stage to which the step after `step` steps belongs."""
+        return max(i for i, stage in enumerate(self.stages) if stage.first_step <= step)
+
+    def last_step(self, stage: int) -> int:
+        """Steps behind the run at the stage's end."""
+        borders = [s.first_step for s in self.stages[stage + 1 :]]
+        return min([*borders, self.num_steps])
+
+    def trained_stage(self, step: int) -> LengthStage:
+        """The stage that the first `step` steps end in."""
+        return self.stages[self.stage(max(step - 1, 0))]
+
+    def sequences_per_step(self, stage: int) -> int:
+        return self.train.batch_tokens // self.stages[stage].seq_len
+
+    def as_trained(self, step: int) -> dict:
+        """The config with the lengths and positions that the first `step` steps end with: what a
+        checkpoint's model must be read with."""
+        stage = self.trained_stage(step)
+        model = {**self.raw["model"], "rope_base": stage.rope_base}
+        return {
+            **self.raw,
+            "model": model,
+            "train": {**self.raw["train"], "seq_len": stage.seq_len},
+        }
 
     @property
     def num_steps(self) -> int:
@@ -155,6 +194,7 @@ def check_config(raw: dict) -> RunConfig:
         schedule=from_config(Schedule, raw["schedule"], "schedule"),
         parallel=from_config(ParallelConfig, raw["parallel"], "parallel"),
         log=from_config(LogConfig, raw["log"], "log"),
+        stages=_stages(train, raw["model"]["rope_base"]),
         raw=raw,
     )
     run.accumulation(world_size=run.parallel.sequence)
@@ -164,7 +204,8 @@ def check_config(raw: dict) -> RunConfig:
             f"train.max_tokens={train.max_tokens} is less than one step of "
             f"train.batch_tokens={train.batch_tokens}."
         )
-    _check_blocks(raw["attention"], train.seq_len)
+    for stage in run.stages:
+        _check_blocks(raw["attention"], stage.seq_len)
     if train.init_from:
         find_checkpoint(resolve_path(train.init_from))
     data_config(raw["data"])
@@ -173,6 +214,27 @@ def check_config(raw: dict) -> RunConfig:
     with torch.device("meta"):  # shapes only: a misfit shows before data is prepared
         build_decoder(raw["model"], raw["attention"], vocab_size=256)
     return run
+
+
+def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
+    """Where each stage begins, rounded down to a step. Raises ValueError if borders don't fit."""
+    stages = [LengthStage(0, train.seq_len, float(rope_base), None)]
+    for i, entry in enumerate(train.stages):
+        stage = from_config(StageConfig, entry, f"train.stages.{i}")
+        steps = stage.from_tokens // train.batch_tokens
+        if steps <= stages[-1].first_step:
+            raise ValueError(
+                f"train.stages.{i}.from_tokens={stage.from_tokens} is not beyond the stage before it."
+            )
+        base = stages[-1].rope_base if stage.rope_base is None else stage.rope_base
+        stages.append(LengthStage(steps, stage.seq_len, base, stage.weights))
+    for stage in stages:
+        if train.micro_batch_tokens % stage.seq_len:
+            raise ValueError(
+                f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of "
+                f"seq_len={stage.seq_len}."
+            )
+    return tuple(stages)
 
 
 def _device(raw: dict) -> torch.device:

@@ -6,20 +6,24 @@ import contextlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import yaml
 
+from data.batch import Batch
 from data.config import resolve_path
 from data.loader import validation_batches
+from data.prefetch import prefetch
 from data.shards import TokenShards
-from data.stages import Stage, fingerprint, open_stages
+from data.stages import Loader, Stage, fingerprint, open_stages
 from data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, vocab_size
 from model.build import build_decoder
 from model.checkpoint import init_from
 from model.loss import IGNORED
+from model.probe import NSAProbe
 from train.checkpoint import (
     Checkpoints,
     TrainState,
@@ -30,7 +34,6 @@ from train.checkpoint import (
 from train.config import RunConfig
 from train.engine import Engine, Ranks
 from train.faults import WINDOW, SpikeError, StopSignal, spike
-from model.probe import NSAProbe
 from train.telemetry import (
     Profiler,
     Stopwatch,
@@ -52,7 +55,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     tokenizer = load_tokenizer(data_path / "tokenizer.json")
     eot = end_of_text_id(tokenizer)
     validation = TokenShards.open(data_path / "validation")
-    [loader] = open_stages(data_path, [Stage(settings.seq_len)], run.seed)
+    loaders = open_loaders(run, data_path)
     torch.manual_seed(run.seed)  # the same weights on every rank
     model = build_decoder(run.raw["model"], run.raw["attention"], vocab_size(tokenizer))
     found = newest_checkpoint(folder)  # train.resume was checked before we came here
@@ -60,11 +63,8 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     if settings.init_from and not found:
         origin = init_from(model, resolve_path(settings.init_from), tokenizer)
     num_parameters = model.num_parameters()
-    flops_per_token = model.flops_per_token(settings.seq_len)
     engine = Engine(model, run, ranks)
     accumulation = run.accumulation(ranks.world_size)
-    sequences = settings.micro_batch_tokens // settings.seq_len
-    config = {**run.raw, "data_path": str(data_path)}
     checkpoints = Checkpoints(
         folder, settings.keep_checkpoints, settings.keep_every, settings.background_checkpoints
     )
@@ -73,10 +73,13 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     # -- where it stands
     code = code_fingerprint()
     state = TrainState(data=fingerprint(data_path), code=code)
-    changes = differences(found, config, code) if found else []
+    changes = []
     if found:
         state = load_checkpoint(found, engine)
+        config = run.as_trained(state.step) | {"data_path": str(data_path)}
+        changes = differences(found, config, code)
         state.code = code
+    config = run.raw | {"data_path": str(data_path)}
     if ranks.rank == 0:
         _write_records(folder, config, data_path, environment(device), state)
     telemetry = Telemetry(folder, config, run.log, run.num_steps, active=ranks.rank == 0)
@@ -85,15 +88,18 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     for change in changes:
         say(f"note        since the checkpoint, {change}")
     say(f"model       {num_parameters / 1e6:.1f}M parameters, {run.raw['attention']['_target_']}")
-    samples = run.num_steps * run.sequences_per_step
-    say(
-        f"data        {loader.describe(samples)}; padding {loader.padding_share:.1%}; "
-        f"validation {validation.num_tokens:,} tokens"
-    )
     say(
         f"step        {settings.batch_tokens:,} tokens = {ranks.data_ranks} ranks x {accumulation} "
-        f"passes x {sequences} sequences x {settings.seq_len:,}"
+        f"passes x {settings.micro_batch_tokens:,}"
     )
+    for i, (stage, loader) in enumerate(zip(run.stages, loaders, strict=True)):
+        steps = run.last_step(i) - stage.first_step
+        say(
+            f"data        from step {stage.first_step:,}: sequences of {stage.seq_len:,} tokens, "
+            f"{loader.describe(steps * run.sequences_per_step(i))}, padding "
+            f"{loader.padding_share:.1%}, rope base {stage.rope_base:,.0f}"
+        )
+    say(f"validation  {validation.num_tokens:,} tokens")
     total = run.num_steps * settings.batch_tokens
     say(f"length      {run.num_steps:,} steps, {total:,} tokens")
     dtype = str(run.dtype).removeprefix("torch.")
@@ -107,13 +113,16 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     bytes_of = torch.from_numpy(token_bytes(tokenizer)).to(device)
     watch = Stopwatch(device)
     profiler = Profiler(folder / "profile", run.log.profile if ranks.rank == 0 else None)
+    stage, stream = None, None
     while True:
         final = state.step == run.num_steps
         now = {"step": state.step, "tokens": state.tokens, "time": round(state.seconds, 3)}
 
         if state.validated < state.step and (final or state.step % settings.validate_every == 0):
             limit = None if final else settings.validation_tokens
-            batches = list(validation_batches(validation, settings.seq_len, eot, limit))
+            trained = run.trained_stage(state.step)
+            model.rotary.set_base(trained.rope_base)
+            batches = list(validation_batches(validation, trained.seq_len, eot, limit))
             if scores := validate(engine, batches, bytes_of, ranks, stop):
                 telemetry.record(now | scores)
                 say(
@@ -125,9 +134,21 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         stopped = stop.agreed()
         due = final or stopped or state.step % settings.checkpoint_every == 0
         if due and state.step != (saved or 0):
-            last, saved = checkpoints.save(engine, state, config, tokenizer), state.step
+            trained_config = run.as_trained(state.step) | {"data_path": str(data_path)}
+            last = checkpoints.save(engine, state, trained_config, tokenizer)
+            saved = state.step
         if final or stopped:
             break
+
+        if stage != run.stage(state.step):  # the first, or one of other lengths
+            if stream:
+                stream.close()
+                state.recent.clear()
+            stage = run.stage(state.step)
+            length = run.stages[stage]
+            model.rotary.set_base(length.rope_base)
+            flops_per_token = model.flops_per_token(length.seq_len)
+            stream = prefetch(micro_batches(run, stage, loaders[stage], state.step, ranks))
 
         # One optimizer step. A signal between two passes gives the half step up; it is repeated
         # when the run continues.
@@ -141,9 +162,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         for i in range(accumulation):
             if stop.agreed():
                 break
-            # The global batch is the same however many ranks and passes share it.
-            first = state.samples + (i * ranks.data_ranks + ranks.data_rank) * sequences
-            batch = ranks.share(loader.batch(first, sequences)).to(device)
+            batch = next(stream).to(device)
             watch.lap("data")
             loss = engine(batch)
             watch.lap("forward")
@@ -164,7 +183,6 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             seconds = watch.stop()
             state.step += 1
             profiler.after(state.step)
-            state.samples += run.sequences_per_step
             state.tokens += settings.batch_tokens
             state.seconds += seconds["step"]
             if step.refused:
@@ -178,7 +196,8 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             metrics = {
                 "step": state.step, "tokens": state.tokens, "time": round(state.seconds, 3),
                 "loss": mean, "lr": lr, "grad_norm": step.grad_norm, "skipped": state.skipped,
-                "tokens_per_s": settings.batch_tokens / seconds["step"],
+                "tokens_per_s": settings.batch_tokens / seconds["step"], "seq_len": length.seq_len,
+                "data_wait": seconds["data"] / seconds["step"],
                 **{f"seconds/{part}": value for part, value in seconds.items() if part != "step"},
             }  # fmt: skip
             if model.z_loss:
@@ -193,8 +212,12 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             telemetry.record(metrics)
             telemetry.progress(metrics, (run.num_steps - state.step) * state.seconds / state.step)
             if state.skipped_in_row >= settings.max_skipped:
-                raise SpikeError(_save_batch(folder, loader, run, state, step.refused, ranks.rank))
+                raise SpikeError(
+                    _save_batch(run, loaders[stage], stage, state, step.refused, ranks.rank)
+                )
 
+    if stream:
+        stream.close()
     checkpoints.wait()
     telemetry.close()
     if stopped:
@@ -230,12 +253,41 @@ def validate(engine: Engine, batches: list, bytes_of: torch.Tensor, ranks: Ranks
     return {"val/loss": nll / count, "val/bpb": bits, **probe.metrics()}
 
 
-def _save_batch(folder: Path, loader, run: RunConfig, state: TrainState, reason: str, rank: int):
+def open_loaders(run: RunConfig, data_path: Path) -> list[Loader]:
+    """The loader of each length stage. Raises ValueError when the data does not allow it."""
+    stages = []
+    for i, stage in enumerate(run.stages):
+        later = i + 1 < len(run.stages)
+        steps = run.stages[i + 1].first_step - stage.first_step if later else None
+        samples = steps and steps * run.sequences_per_step(i)
+        stages.append(Stage(stage.seq_len, samples, stage.weights))
+    return open_stages(data_path, stages, run.seed)
+
+
+def micro_batches(
+    run: RunConfig, stage: int, loader: Loader, step: int, ranks: Ranks
+) -> Iterator[Batch]:
+    """This rank's batches from the step after `step` to the end of the stage, in order.
+
+    The global batch is the same however many ranks and passes share it.
+    """
+    per_step, length = run.sequences_per_step(stage), run.stages[stage]
+    count = run.train.micro_batch_tokens // length.seq_len
+    for i in range(step - length.first_step, run.last_step(stage) - length.first_step):
+        for start in range(0, per_step, count * ranks.data_ranks):
+            first = i * per_step + start + ranks.data_rank * count
+            yield ranks.share(loader.batch(first, count))
+
+
+def _save_batch(
+    run: RunConfig, loader: Loader, stage: int, state: TrainState, reason: str, rank: int
+) -> str:
     """The last step's tokens into skipped_step_<n>.pt; returns what to tell the person."""
-    path = folder / f"skipped_step_{state.step:08d}.pt"
+    path = run.folder / f"skipped_step_{state.step:08d}.pt"
     if rank == 0:
-        first = state.samples - run.sequences_per_step
-        torch.save(loader.batch(first, run.sequences_per_step)._asdict(), path)
+        count = run.sequences_per_step(stage)
+        first = (state.step - 1 - run.stages[stage].first_step) * count
+        torch.save(loader.batch(first, count)._asdict(), path)
     return (
         f"{state.skipped_in_row} steps in a row were skipped, the last since {reason}. Its batch is "
         f"in {path}. Continue from the last checkpoint with train.resume=true and a lower "

@@ -33,7 +33,7 @@ def pretrain(raw: dict) -> int:
     """
     try:
         run = check_config(raw)
-        check_resume(run.folder, run.train.resume, run.raw)
+        check_resume(run)
         ranks = start_process_group(run.device, run.parallel.sequence)
         run.accumulation(ranks.world_size)
         data_path = prepare(run.raw["data"], run.raw["tokenizer"], run.output_dir / "data")

@@ -59,7 +59,7 @@ def test_the_64k_recipe_has_the_size_it_says():
         (["+devise=cpu"], r"did you mean device\?"),
         (["model.num_heads=5"], "num_kv_heads"),
         (["train.seq_len=8"], "shorter than attention.compress_b"),
-        (["train.seq_len=3000"], "not a multiple of train.seq_len"),
+        (["train.seq_len=3000"], "not a multiple of seq_len"),
         (["train.batch_tokens=10000"], "train.batch_tokens=10000 is not a multiple"),
         (["train.max_tokens=100"], "less than one step"),
         (["train.precision=fp8"], "train.precision"),
@@ -70,6 +70,9 @@ def test_the_64k_recipe_has_the_size_it_says():
         (["parallel=zero0", "parallel.offload=optimizer"], "choose parallel=zero1"),
         (["parallel=zero3", "train.compile=true"], "choose parallel=zero2"),
         (["log.profile=[5]"], "first step, last step"),
+        (["train.stages=[{from_tokens:100,seq_len:1024}]"], "not beyond the stage before it"),
+        (["train.stages=[{from_tokens:40960,seq_len:8192}]"], "not a multiple of seq_len=8192"),
+        (["train.stages=[{from_tokens:40960,seqlen:1024}]"], "did you mean train.stages.0.seq_len"),
     ],
 )
 def test_a_mistake_is_one_sentence(overrides, message):

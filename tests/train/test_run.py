@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from tests.train.ranks import ROOT, SMALL, pretrain, start
 
-TIMING = ("time", "tokens_per_s", "seconds/")
+TIMING = ("time", "tokens_per_s", "seconds/", "data_wait")
 CHOICES = ("selection/",)  # of blocks: a rounding may tip one
 
 
@@ -156,3 +157,25 @@ def test_weights_that_do_not_fit_are_refused(outputs, overrides, message):
     how = ["name=misfit", "train.max_steps=1", f"train.init_from={outputs}/whole", *overrides]
     run = start(outputs, *how)
     assert run.wait() == [1] and message in run.text() and "Traceback" not in run.text()
+
+
+STAGES = [
+    "train.stages=[{from_tokens:2048,seq_len:512,rope_base:20000},{from_tokens:4096,seq_len:1024}]",
+    "train.micro_batch_tokens=1024",
+]
+
+
+def test_stages_change_lengths_and_positions_and_resume_bit_for_bit(outputs):
+    """Two steps a stage; sittings end on a border and within a stage."""
+    pretrain(outputs, "name=staged", *STAGES)
+    lengths = [m["seq_len"] for m in metrics(outputs / "staged") if "loss" in m]
+    assert lengths == [256, 256, 512, 512, 1024, 1024]
+    for steps in (2, 3, 6):
+        pretrain(outputs, "name=parts", "train.resume=auto", f"train.max_steps={steps}", *STAGES)
+        path = outputs / f"parts/checkpoints/step_{steps:08d}/config.yaml"
+        stored = yaml.safe_load(path.read_text())
+        assert stored["model"]["rope_base"] == (10000 if steps == 2 else 20000)
+        assert stored["train"]["seq_len"] == {2: 256, 3: 512, 6: 1024}[steps]
+    same_weights(weights(outputs / "staged"), weights(outputs / "parts"))
+    pretrain(outputs, "name=shared", "parallel.sequence=2", *STAGES, world_size=2)
+    same_curve(outputs / "staged", outputs / "shared", rel=1e-5)
