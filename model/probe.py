@@ -1,7 +1,7 @@
 """What NSA's gates and selection do on a batch: seen from outside, at the operator.
 
 A dispatch mode sees every call of nsa::attention with its arguments and results, layer after layer,
-so the model holds no code for it. It costs one forward pass of validation its compiled blocks.
+so the model holds no code for it. Compiled blocks run uncompiled meanwhile.
 """
 
 from __future__ import annotations
@@ -22,6 +22,15 @@ class NSAProbe(TorchDispatchMode):
         super().__init__()
         self.gates: list[Tensor] = []  # [3] each: means over tokens and heads
         self.selection: list[dict[str, Tensor]] = []
+
+    def __enter__(self):
+        self.eager = torch.compiler.set_stance("force_eager")  # a compiled block shows no operators
+        self.eager.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.eager.__exit__(*error)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         results = op(*args, **(kwargs or {}))
