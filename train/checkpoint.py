@@ -133,15 +133,22 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, keep_every: int | None, background: bool):
         self.folder, self.keep, self.keep_every = folder / "checkpoints", keep, keep_every
         self.background, self.writer, self.error = background, None, None
+        if dist.get_rank() == 0:
+            for left in self.folder.glob("incomplete_*"):  # by a run that was killed
+                shutil.rmtree(left)
 
     def save(self, engine: Engine, state: TrainState, config: dict, tokenizer: Tokenizer) -> Path:
-        """Write checkpoints/step_<n>, unless it is there. All ranks call it.
+        """Write checkpoints/step_<n>; if it is there, its state.json. All ranks call it.
 
         Raises OSError with one sentence when the disk has no room; what was saved before stays.
         """
         self.wait()
         final = self.folder / f"step_{state.step:08d}"
-        if (final / STATE).exists():
+        whole = [(final / STATE).exists()]
+        dist.broadcast_object_list(whole, src=0)  # rank 0 writes it last, and knows
+        if whole[0]:  # the run stands where it was saved
+            if dist.get_rank() == 0:
+                _write_state(final, state)
             return final
         shard = _shard(engine)
         weights = engine.weights()
@@ -155,7 +162,7 @@ class Checkpoints:
         if problem[0]:
             raise OSError(problem[0])
         memory = TrainState(**asdict(state))
-        work = (building, final, shard, weights, memory, config, tokenizer, _num_shards(engine))
+        work = building, final, shard, weights, memory, config, tokenizer, _num_shards(engine)
         if self.background:
             self.writer = threading.Thread(target=self._try_write, args=work, daemon=True)
             self.writer.start()
@@ -188,7 +195,7 @@ class Checkpoints:
             if rank == 0:
                 save_weights(building, weights, config, tokenizer)
                 _wait_for([building / _shard_name(i, num_shards) for i in range(num_shards)])
-                (building / STATE).write_text(json.dumps(asdict(state)))
+                _write_state(building, state)
                 for path in building.iterdir():
                     _flush(path)
                 building.rename(final)
@@ -205,6 +212,14 @@ class Checkpoints:
         for old in whole[: -self.keep]:
             if not self.keep_every or int(old.name.rpartition("_")[2]) % self.keep_every:
                 shutil.rmtree(old)
+
+
+def _write_state(checkpoint: Path, state: TrainState) -> None:
+    """In one go, since it may replace one."""
+    new = checkpoint / f"{STATE}.part"
+    new.write_text(json.dumps(asdict(state)))
+    _flush(new)
+    new.rename(checkpoint / STATE)
 
 
 def _shard_name(rank: int, num_shards: int) -> str:
@@ -271,7 +286,7 @@ def _wait_for(paths: list[Path]) -> None:
 def load_checkpoint(path: Path, engine: Engine) -> TrainState:
     """Put a checkpoint into the engine, whatever ranks and ZeRO stage wrote it; all ranks call it.
 
-    Returns the loop's state. Raises ValueError in one sentence when the optimizer was another.
+    Returns the loop's state.
     """
     state = read_state(path)
     files = [safe_open(file, framework="pt") for file in sorted(path.glob("optimizer_*"))]
@@ -299,10 +314,9 @@ def load_checkpoint(path: Path, engine: Engine) -> TrainState:
 
 def _copy_overlap(piece: Piece, what: str, start: int, stored) -> None:
     """Elements of the stored slice that fall into the piece."""
-    if what == "master":
-        flat = piece.flat
-    else:
-        flat = piece.state.setdefault(what, torch.zeros_like(piece.flat))
+    if what != "master" and what not in piece.state:
+        piece.state[what] = torch.zeros_like(piece.flat)
+    flat = piece.flat if what == "master" else piece.state[what]
     low = max(start, piece.start)
     high = min(start + stored.get_shape()[0], piece.start + piece.numel)
     if low < high:

@@ -93,7 +93,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         f"passes x {settings.micro_batch_tokens:,}"
     )
     for i, (stage, loader) in enumerate(zip(run.stages, loaders, strict=True)):
-        steps = run.last_step(i) - stage.first_step
+        steps = max(run.last_step(i) - stage.first_step, 0)
         say(
             f"data        from step {stage.first_step:,}: sequences of {stage.seq_len:,} tokens, "
             f"{loader.describe(steps * run.sequences_per_step(i))}, padding "
@@ -108,7 +108,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         say(f"Nothing left to do: {folder} has all its {run.num_steps} steps.")
 
     # -- the loop: validate and save what is due, then take a step
-    last, saved = found, state.step if found else None
+    last = found
     peak = peak_flops(device)
     bytes_of = torch.from_numpy(token_bytes(tokenizer)).to(device)
     watch = Stopwatch(device)
@@ -133,10 +133,9 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
 
         stopped = stop.agreed()
         due = final or stopped or state.step % settings.checkpoint_every == 0
-        if due and state.step != (saved or 0):
+        if due and state.step:
             trained_config = run.as_trained(state.step) | {"data_path": str(data_path)}
             last = checkpoints.save(engine, state, trained_config, tokenizer)
-            saved = state.step
         if final or stopped:
             break
 
@@ -223,7 +222,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     if stopped:
         say(f"stopped by signal {stopped} at step {state.step}; continue with train.resume=true")
     say(f"checkpoint  {last}")
-    return 0 if final else stopped
+    return 0 if final and state.validated == state.step else stopped
 
 
 @torch.no_grad()

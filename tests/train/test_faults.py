@@ -1,5 +1,6 @@
 """What a run must survive. KILLS=30 tries thirty random moments instead of five."""
 
+import gzip
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import torch
 
 from tests.train.ranks import Run, config, pretrain, start
 from tests.train.test_run import metrics, same_weights, weights
+from train.faults import WINDOW, spike
 
 KILLS = int(os.environ.get("KILLS", 5))
 LONG = ["train.max_tokens=1_000_000", "train.validate_every=1000"]
@@ -169,8 +171,27 @@ def test_checkpoints_kept_are_the_newest_and_the_multiples(tmp_path):
     pretrain(
         tmp_path, "name=kept", "train.checkpoint_every=1", "train.keep_checkpoints=1",
         "train.keep_every=2", "train.max_steps=5", "train.background_checkpoints=true",
+        world_size=2,
     )  # fmt: skip
     kept = sorted(p.name for p in (tmp_path / "kept/checkpoints").iterdir())
     assert kept == ["step_00000002", "step_00000004", "step_00000005"]
     state = json.loads((tmp_path / "kept/checkpoints/step_00000005/state.json").read_text())
     assert state["updates"] == 5 and state["code"] and state["data"]
+
+
+def test_a_spike_is_measured_against_the_recent_steps():
+    rng = random.Random(0)
+    recent = [[3 + rng.gauss(0, 0.1), 1 + rng.gauss(0, 0.1)] for _ in range(WINDOW)]
+    assert spike(3.2, 1.2, recent, sigma=6) is None
+    assert "the loss 4 is above" in spike(4.0, 1.0, recent, sigma=6)
+    assert "the gradient norm 2 is above" in spike(3.0, 2.0, recent, sigma=6)
+    assert spike(4.0, 2.0, recent, sigma=0) is None
+    assert spike(4.0, 2.0, recent[: WINDOW // 2 - 1], sigma=6) is None  # too early to tell
+    assert "the loss is nan" in spike(float("nan"), 1.0, recent, sigma=0)
+
+
+def test_chosen_steps_leave_a_trace(tmp_path):
+    pretrain(tmp_path, "name=traced", "log.profile=[2,3]", "train.max_steps=4")
+    trace, table = (tmp_path / f"traced/profile/steps_2_3.{end}" for end in ("json.gz", "txt"))
+    assert b"nsa::attention" in gzip.decompress(trace.read_bytes())
+    assert "nsa::attention_backward" in table.read_text()
