@@ -7,6 +7,7 @@ so the model holds no code for it. Compiled blocks run uncompiled meanwhile.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -41,9 +42,16 @@ class NSAProbe(TorchDispatchMode):
             self.selection.append(selection_statistics(results[-1], named["cu_seqlens"], geometry))
         return results
 
-    def metrics(self) -> dict[str, float | list[float]]:
+    def metrics(self, group: dist.ProcessGroup | None = None) -> dict[str, float | list[float]]:
         """gates/<branch>/layer_<i>; selection/overlap and /forced, by layer and as means; the
-        histogram selection/distance over all layers. Empty without NSA."""
+        histogram selection/distance over all layers. Empty without NSA. `group` are the ranks that
+        share the heads, and all call it."""
+        if group is not None:
+            for layer in (*self.gates, *(x for s in self.selection for x in s.values())):
+                dist.all_reduce(layer, group=group)
+            self.gates = [gates / group.size() for gates in self.gates]
+            for layer in self.selection:
+                layer |= {name: layer[name] / group.size() for name in ("overlap", "forced")}
         metrics: dict[str, float | list[float]] = {}
         for layer, gates in enumerate(self.gates):
             for branch, mean in zip(BRANCHES, gates.tolist(), strict=True):

@@ -133,8 +133,9 @@ class Engine:
 
         stage, device = run.parallel.zero_stage, ranks.device
         model.recompute(run.train.activation_checkpointing)
-        if group := ranks.sequence_group():
-            model.share_sequences(group)
+        self.sequence_group = ranks.sequence_group()
+        if self.sequence_group:
+            model.share_sequences(self.sequence_group)
         if stage == 0:
             model = model.to(device, run.dtype)
         self.optimizer = build_optimizer(model, run.optimizer, stage, device.type == "cuda")

@@ -249,7 +249,7 @@ def validate(engine: Engine, batches: list, bytes_of: torch.Tensor, ranks: Ranks
     dist.all_reduce(sums)
     nll, count, num_bytes = sums.tolist()
     bits = nll / math.log(2) / num_bytes
-    return {"val/loss": nll / count, "val/bpb": bits, **probe.metrics()}
+    return {"val/loss": nll / count, "val/bpb": bits, **probe.metrics(engine.sequence_group)}
 
 
 def open_loaders(run: RunConfig, data_path: Path) -> list[Loader]:
