@@ -27,13 +27,13 @@ class HeadExchange:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def to_heads(self, *tensors: Tensor) -> list[Tensor]:
-        """[T / P, H_i, D_i] each -> [T, H_i / P, D_i], in one exchange; dtypes are equal."""
+        """[T / P, H_i, D_i] each -> [T, H_i / P, D_i], contiguous, in one exchange; of one dtype."""
         P, rows = self.size, tensors[0].shape[0]
         shapes = [(x.shape[1] // P, x.shape[2]) for x in tensors]
         by_rank = torch.cat([x.reshape(rows, P, -1) for x in tensors], -1)  # [T / P, P, n]
         received = self._exchange(by_rank.transpose(0, 1))  # [P, T / P, n], by sender
         parts = received.flatten(0, 1).split([heads * dim for heads, dim in shapes], -1)
-        return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
+        return [part.unflatten(-1, s).contiguous() for part, s in zip(parts, shapes, strict=True)]
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """[T, H / P, D] -> [T / P, H, D]"""
