@@ -11,12 +11,14 @@ Nothing in a checkpoint is code, and nothing is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -150,24 +152,28 @@ class Checkpoints:
             if dist.get_rank() == 0:
                 _write_state(final, state)
             return final
-        shard = _shard(engine)
+        shard, num_shards = _shard(engine), _num_shards(engine)
         weights = engine.weights()
         if self.background:
             weights = {k: w.detach().to("cpu", copy=True) for k, w in weights.items()}
         building = final.with_name("incomplete_" + final.name)
         problem = [None]
         if dist.get_rank() == 0:
-            problem = [_make_room(building, _size(shard) * _num_shards(engine) + _size(weights))]
+            problem = [_make_room(building, _size(shard) * num_shards + _size(weights))]
         dist.broadcast_object_list(problem, src=0)
         if problem[0]:
             raise OSError(problem[0])
-        memory = TrainState(**asdict(state))
-        work = building, final, shard, weights, memory, config, tokenizer, _num_shards(engine)
+        names = [building / _shard_name(i, num_shards) for i in range(num_shards)]
+        mine = names[dist.get_rank()] if dist.get_rank() < num_shards else None
+        rest = building, final, weights, TrainState(**asdict(state)), config, tokenizer
         if self.background:
-            self.writer = threading.Thread(target=self._try_write, args=work, daemon=True)
+            work = names, mine, shard, rest
+            self.writer = threading.Thread(target=self._write_all, args=work, daemon=True)
             self.writer.start()
         else:
-            self._write(*work)
+            self._write_shard(final, mine, shard)
+            dist.barrier()  # fails at once if a rank has ended
+            self._complete(*rest)
         return final
 
     def wait(self) -> None:
@@ -178,40 +184,52 @@ class Checkpoints:
         if self.error:
             raise self.error
 
-    def _try_write(self, *work) -> None:
+    def _write_all(self, names: list[Path], mine: Path | None, shard: dict, rest: tuple) -> None:
+        """In a thread, where no collective may run: rank 0 looks for the others' files."""
         try:
-            self._write(*work)
-        except Exception as error:
+            self._write_shard(rest[1], mine, shard)
+            if dist.get_rank() == 0:
+                _wait_for(names)
+            self._complete(*rest)
+        except OSError as error:
             self.error = error
 
-    def _write(self, building, final, shard, weights, state, config, tokenizer, num_shards):
-        rank = dist.get_rank()
-        try:
-            if rank < num_shards:
-                name = building / _shard_name(rank, num_shards)
-                save_file(shard, name.with_suffix(".part"))
-                _flush(name.with_suffix(".part"))
-                name.with_suffix(".part").rename(name)
-            if rank == 0:
+    def _write_shard(self, final: Path, path: Path | None, shard: dict) -> None:
+        if path:
+            with _named(final):
+                save_file(shard, path.with_suffix(".part"))
+                _flush(path.with_suffix(".part"))
+                path.with_suffix(".part").rename(path)
+
+    def _complete(self, building: Path, final: Path, weights, state, config, tokenizer) -> None:
+        """Rank 0, when all pieces are there: the rest, and the name that makes it a checkpoint."""
+        if dist.get_rank() == 0:
+            with _named(final):
                 save_weights(building, weights, config, tokenizer)
-                _wait_for([building / _shard_name(i, num_shards) for i in range(num_shards)])
                 _write_state(building, state)
                 for path in building.iterdir():
                     _flush(path)
                 building.rename(final)
                 _flush(final.parent)
                 self._prune()
-        except Exception as error:
-            raise OSError(
-                f"The checkpoint {final.name} could not be written ({error}). The one before is "
-                "whole: make room and continue with train.resume=true."
-            ) from None
 
     def _prune(self) -> None:
         whole = sorted(path.parent for path in self.folder.glob(f"step_*/{STATE}"))
         for old in whole[: -self.keep]:
             if not self.keep_every or int(old.name.rpartition("_")[2]) % self.keep_every:
                 shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def _named(final: Path) -> Iterator[None]:
+    """What goes wrong in writing, as an OSError in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(
+            f"The checkpoint {final.name} could not be written ({error}). The one before is whole: "
+            "make room and continue with train.resume=true."
+        ) from None
 
 
 def _write_state(checkpoint: Path, state: TrainState) -> None:

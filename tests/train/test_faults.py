@@ -82,11 +82,11 @@ def test_an_interrupted_validation_is_made_up_for(tmp_path):
 
 def test_a_killed_rank_is_a_clear_end(tmp_path):
     run = start(tmp_path, "name=lost", "train.checkpoint_every=1", *LONG, world_size=2)
-    run.wait_for("step 1/")
+    run.wait_for("step 10/")
     run.signal(signal.SIGKILL, rank=1)
     assert run.wait(60) == [1, -signal.SIGKILL]
     assert "Another rank has ended" in run.text() and "Traceback" not in run.text()
-    pretrain(tmp_path, "name=lost", "train.resume=true", "train.max_steps=4")
+    pretrain(tmp_path, "name=lost", "train.resume=true", "train.max_steps=12")
 
 
 def _with_bad_steps(raw: dict) -> int:
