@@ -104,7 +104,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     say(f"length      {run.num_steps:,} steps, {total:,} tokens")
     dtype = str(run.dtype).removeprefix("torch.")
     say(f"precision   {dtype} on {device}, ZeRO-{run.parallel.zero_stage}")
-    if state.step == run.num_steps:
+    if state.step >= run.num_steps:
         say(f"Nothing left to do: {folder} has all its {run.num_steps} steps.")
 
     # -- the loop: validate and save what is due, then take a step
@@ -115,7 +115,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     profiler = Profiler(folder / "profile", run.log.profile if ranks.rank == 0 else None)
     stage, stream = None, None
     while True:
-        final = state.step == run.num_steps
+        final = state.step >= run.num_steps
         now = {"step": state.step, "tokens": state.tokens, "time": round(state.seconds, 3)}
 
         if state.validated < state.step and (final or state.step % settings.validate_every == 0):

@@ -86,7 +86,7 @@ def test_a_killed_rank_is_a_clear_end(tmp_path):
     run.signal(signal.SIGKILL, rank=1)
     assert run.wait(60) == [1, -signal.SIGKILL]
     assert "Another rank has ended" in run.text() and "Traceback" not in run.text()
-    pretrain(tmp_path, "name=lost", "train.resume=true", "train.max_steps=12")
+    pretrain(tmp_path, "name=lost", "train.resume=true", "train.max_steps=30")
 
 
 def _with_bad_steps(raw: dict) -> int:

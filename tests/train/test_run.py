@@ -113,7 +113,8 @@ def test_the_end_scores_the_whole_validation_split(outputs):
 
 def test_a_finished_run_is_not_overwritten(outputs):
     before = weights(outputs / "whole")
-    assert "Nothing left to do" in pretrain(outputs, "name=whole", "train.resume=auto")
+    for less in ([], ["train.max_steps=4"]):
+        assert "Nothing left to do" in pretrain(outputs, "name=whole", "train.resume=auto", *less)
     for overrides, message in (
         (["name=whole", "train.resume=false"], "already holds a run"),
         (["name=whole", "model.ffn_dim=32"], "was started with"),
