@@ -261,7 +261,7 @@ def command_line(arguments: list[str]) -> list[str]:
             return argument
         sign, key, value = match.groups()
         if (
-            re.search(r"(^|\.)(\w*path|output_dir|checkpoint|run|haystack|prompt)$", key)
+            re.search(r"(^|\.)(\w*path|output_dir|init_from|checkpoint|run|haystack|prompt)$", key)
             and value != "null"
         ):
             if value[:1] not in "'\"":

@@ -19,8 +19,8 @@ CIVIDIS = (
 
 
 class Series(NamedTuple):
-    """One line of a chart. style is its CSS class: faint, line, second (few points are
-    dotted) or rule (a level)."""
+    """One line of a chart. style is its CSS class: line, faint, second, third, fourth (few points
+    of these three are dotted) or rule (a level)."""
 
     name: str
     points: list[tuple[float, float]]
@@ -70,7 +70,8 @@ def line_chart(title: str, series: Sequence[Series], log: bool = False) -> str:
             path = "M" + "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in one.points)
         svg.append(f'<path class="{one.style}" d="{path}"/>')
         alone = len(one.points) == 1 and one.style != "rule"
-        if alone or (one.style == "second" and len(one.points) <= 40):
+        dotted = one.style in ("second", "third", "fourth")
+        if alone or (dotted and len(one.points) <= 40):
             svg += (
                 f'<circle class="{one.style}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="3"/>'
                 for a, b in one.points

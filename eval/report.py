@@ -29,6 +29,10 @@ from eval.baseline import RunSettings, run_baseline, run_config
 from eval.charts import Series, heat_table, line_chart, si, smooth
 from model.checkpoint import WEIGHTS, find_checkpoint
 
+STYLES = ("line", "second", "third", "fourth")
+STEP_PARTS = ("data", "forward", "backward", "optimizer")
+BRANCHES = ("compressed", "selected", "window")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -118,7 +122,7 @@ def write_report(folder: str | Path) -> Path:
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(run.name)}: nsa-lm</title><style>{css}</style>"
-        f"{_header(run)}{_cards(run)}{_training(run)}{_needle(run)}{_data(run)}{_setting(run)}"
+        f"{_header(run)}{_cards(run)}{_training(run)}{_attention(run)}{_needle(run)}{_data(run)}{_setting(run)}"
         "<footer>Written by <code>python eval/report.py</code> from the files in this folder.</footer>"
         "</html>\n"
     )
@@ -184,6 +188,7 @@ def _training(run: Run) -> str:
     if not run.training:
         return _missing("Training", "No step has been recorded yet.")
     loss, validation = of("loss"), of("val/loss", run.validation)
+    skipped = run.training[-1].get("skipped", 0)
     bpb = [Series("validation", of("val/bpb", run.validation), "second")]
     if run.baseline and bpb[0].points:
         bpb.append(Series("order-2 model", [(0, run.baseline["bits_per_byte"])], "rule"))
@@ -198,6 +203,17 @@ def _training(run: Run) -> str:
         line_chart("Learning rate", [Series("", of("lr"))]),
         line_chart("Gradient norm", _smoothed(of("grad_norm")), log=True),
         line_chart("Tokens per second", _smoothed(of("tokens_per_s"))),
+        line_chart("MFU (share of the card's peak)", _smoothed(of("mfu"))),
+        line_chart("Memory at its peak (GB)", [Series("", of("memory_gb"))]),
+        line_chart("Update norm", [Series("", of("update_norm"))], log=True),
+        line_chart("Skipped steps, in total", [Series("", of("skipped"))] if skipped else []),
+        line_chart(
+            "Seconds of a step, by part",
+            [
+                Series(part, smooth(of(f"seconds/{part}")), style)
+                for part, style in zip(STEP_PARTS, STYLES, strict=True)
+            ],
+        ),
     ]
     note = ""
     if not run.validation:
@@ -207,6 +223,49 @@ def _training(run: Run) -> str:
     return (
         f'<h2>Training</h2>{note}<div class="grid two">{"".join(curves)}</div>'
         f'<div class="grid three">{"".join(details)}</div>'
+    )
+
+
+def _attention(run: Run) -> str:
+    """What NSA's gates and selection did on held-out text, at each validation."""
+    seen = [m for m in run.validation if "selection/distance" in m]
+    if not seen:
+        return ""
+    last, layers = seen[-1], range(sum(key.startswith("gates/window/") for key in seen[-1]))
+
+    def over_time(key: str) -> list[tuple[float, float]]:
+        return [(m["tokens"], m[key]) for m in seen]
+
+    def mean_gate(m: dict, branch: str) -> float:
+        return statistics.fmean(m[f"gates/{branch}/layer_{i:02d}"] for i in layers)
+
+    gates = [
+        Series(branch, [(m["tokens"], mean_gate(m, branch)) for m in seen], style)
+        for branch, style in zip(BRANCHES, STYLES, strict=False)
+    ]
+    shares = [
+        Series("overlap with the token before", over_time("selection/overlap")),
+        Series("taken always", over_time("selection/forced"), "second"),
+    ]
+    rows = [("layer", *BRANCHES, "overlap", "always")]
+    for i in layers:
+        keys = [f"gates/{branch}" for branch in BRANCHES] + [
+            "selection/overlap",
+            "selection/forced",
+        ]
+        rows.append((str(i), *(f"{last[f'{key}/layer_{i:02d}']:.3f}" for key in keys)))
+    distances = [("blocks back", "share of the selected")]
+    for i, share in enumerate(last["selection/distance"]):
+        if share:
+            low, high = (0, 0) if i == 0 else (2 ** (i - 1), 2**i - 1)
+            distances.append((f"{low:,}" if low == high else f"{low:,} – {high:,}", f"{share:.1%}"))
+    return (
+        "<h2>Sparse attention</h2><p class='quiet'>Mean gate of each branch and what the selection "
+        "takes, on the first validation batch.</p>"
+        f'<div class="grid two">{line_chart("Gates, mean over layers and heads", gates)}'
+        f"{line_chart('Selected blocks', shares)}</div>"
+        f'<div class="grid two"><figure><figcaption><b>Last validation, by layer</b></figcaption>'
+        f"{_table(rows)}</figure><figure>{_table(distances)}</figure></div>"
     )
 
 

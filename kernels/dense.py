@@ -24,7 +24,7 @@ def full_attention(
     """
     if len(cu_seqlens) == 2:
         return _sdpa(q, k, v, scale)
-    if q.is_cuda:
+    if q.is_cuda or torch.compiler.is_compiling():  # a loop over documents can't be compiled
         return sliding_attention(q, k, v, cu_seqlens, max_seqlen, max_seqlen, scale)
     bounds = cu_seqlens.tolist()
     parts = [
@@ -67,12 +67,14 @@ def sliding_cached(
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The last R positions of a document of K tokens: q [R, H, D], k and v [K, Hkv, D]."""
     rows, length = q.shape[0], k.shape[0]
-    mask = None
-    if 1 < rows < length:
-        mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
+    mask, causal = None, True
+    if rows != length:
+        causal = False
+        if rows > 1:
+            mask = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(length - rows)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     o = F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=rows == length, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return o[0].transpose(0, 1)
 

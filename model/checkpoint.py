@@ -6,6 +6,7 @@ data only; nothing in the folder is executed.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +56,39 @@ def find_checkpoint(path: str | Path) -> Path:
             "under checkpoints/."
         )
     return found[-1].parent
+
+
+@torch.no_grad()
+def init_from(model: Decoder, path: str | Path, tokenizer: Tokenizer) -> str:
+    """Give a fresh model the weights of a checkpoint; returns a line that says what came of it.
+
+    Names and shapes must agree, with one exception: a branch of NSA that the checkpoint does not
+    have starts from its dense keys and values. What else is new keeps its initial values. Raises
+    FileNotFoundError or ValueError with one sentence.
+    """
+    folder = find_checkpoint(path)
+    if Tokenizer.from_file(str(folder / TOKENIZER)).to_str() != tokenizer.to_str():
+        raise ValueError(
+            f"{folder} was trained with another tokenizer than this run's data; start with "
+            f"tokenizer=file tokenizer.path={folder / TOKENIZER}."
+        )
+    weights, fresh, used = load_file(folder / WEIGHTS), [], set()
+    for name, parameter in model.named_parameters():
+        source = (
+            name if name in weights else re.sub(r"\.(compressed|selected|local)\.", ".kv.", name)
+        )
+        if source not in weights:
+            fresh.append(name)
+        elif weights[source].shape != parameter.shape:
+            raise ValueError(
+                f"{name} has the shape {list(parameter.shape)}, but {list(weights[source].shape)} "
+                f"in {folder}; the sizes of the model must be the same."
+            )
+        else:
+            parameter.copy_(weights[source])
+            used.add(source)
+    line = f"weights of {folder}, {len(used)} of {len(weights)} tensors"
+    return line + (f"; {len(fresh)} are new, such as {fresh[0]}" if fresh else "")
 
 
 def load_checkpoint(

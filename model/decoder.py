@@ -8,15 +8,24 @@ one flat dimension T, documents delimited by cu_seqlens, no attention across the
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
+import kernels.dense  # noqa: F401  registers nsa::window
+import kernels.nsa.ops  # noqa: F401  registers nsa::attention
 from model.attention.base import Attention
 from model.cache import Cache, LayerCache
 from model.layers import Rope, Rotary, SwiGLU
 from model.loss import Loss, linear_cross_entropy
+from model.parallel import HeadExchange, check_heads
 
 
 class Block(nn.Module):
@@ -28,12 +37,39 @@ class Block(nn.Module):
         self.attention = attention
         self.ffn_norm = nn.RMSNorm(dim, norm_eps)
         self.feed_forward = SwiGLU(dim, ffn_dim)
+        self.recompute = "none"  # in the backward pass: none, full, selective (all but attention)
 
     def forward(
         self, x: Tensor, rope: Rope, cu_seqlens: Tensor, max_seqlen: int, cache: LayerCache | None
     ) -> Tensor:
+        inputs = x, rope, cu_seqlens, max_seqlen, cache
+        if self.recompute == "none" or not self.training:
+            return self.run(*inputs)
+        contexts = {"context_fn": _keep_attention} if self.recompute == "selective" else {}
+        return checkpoint(self.run, *inputs, use_reentrant=False, **contexts)
+
+    def run(self, x, rope, cu_seqlens, max_seqlen, cache) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, cu_seqlens, max_seqlen, cache)
         return x + self.feed_forward(self.ffn_norm(x))
+
+
+# Outputs of the operators that cost the most to compute again, for what they take to keep.
+ATTENTION_OPS = {
+    torch.ops.nsa.attention.default,
+    torch.ops.nsa.window.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+
+
+def _keep_attention():
+    def policy(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+        keep = op in ATTENTION_OPS
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class Decoder(nn.Module):
@@ -73,7 +109,6 @@ class Decoder(nn.Module):
                 )
             head_dim = dim // num_heads
         self.logit_softcap, self.z_loss = logit_softcap, z_loss
-        self.activation_checkpointing = False  # recompute each block in the backward pass
         self.embedding = nn.Embedding(vocab_size, dim)
         self.rotary = Rotary(head_dim, rope_base, yarn_factor, yarn_original_length)
         shared = dict(
@@ -140,11 +175,22 @@ class Decoder(nn.Module):
         x, rope = self.embedding(tokens), self.rotary(positions)
         for i, block in enumerate(self.blocks):
             layer = cache.layers[i] if cache else None
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, rope, cu_seqlens, max_seqlen, layer, use_reentrant=False)
-            else:
-                x = block(x, rope, cu_seqlens, max_seqlen, layer)
+            x = block(x, rope, cu_seqlens, max_seqlen, layer)
         return self.norm(x)
+
+    def recompute(self, what: Literal["none", "full", "selective"]) -> None:
+        """Activation checkpointing: what a block computes again in the backward pass instead of
+        keeping it; selective keeps the attention operators' outputs."""
+        for block in self.blocks:
+            block.recompute = what
+
+    def share_sequences(self, group: ProcessGroup) -> None:
+        """Sequence parallelism over the group (model/parallel.py): forward then takes this rank's
+        stretch of tokens, positions and targets, and cu_seqlens of the whole."""
+        for block in self.blocks:
+            attention = block.attention
+            check_heads(attention.num_heads, attention.num_kv_heads, group.size())
+            attention.exchange = HeadExchange(group)
 
     @property
     def output_weight(self) -> Tensor:
@@ -169,8 +215,9 @@ class Decoder(nn.Module):
         Follows the PaLM convention (arXiv 2204.02311, appendix B) with causal attention counted
         once and only the pairs that the attention design visits.
         """
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
-        if self.head is not None:
-            matrices -= self.embedding.weight.numel()  # a look-up, not a product
+        matrices = 0.0 if self.head is not None else self.embedding.weight.numel()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                matrices += module.weight.numel() * getattr(module, "rows_per_token", 1)
         attention = sum(block.attention.flops(seq_len) for block in self.blocks)
         return 6.0 * matrices + 3.5 * attention / seq_len

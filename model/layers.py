@@ -31,20 +31,29 @@ class Rotary(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"Rotary positions need an even head dimension, not {head_dim}.")
-        half = head_dim // 2
-        frequencies = [base ** (-i / half) for i in range(half)]
-        self.magnitude = 1.0
-        if yarn_factor != 1.0:
-            turns = [yarn_original_length * f / (2 * math.pi) for f in frequencies]
-            keep = [min(max((t - beta_slow) / (beta_fast - beta_slow), 0.0), 1.0) for t in turns]
-            frequencies = [
-                f * (k + (1 - k) / yarn_factor) for f, k in zip(frequencies, keep, strict=True)
-            ]
-            self.magnitude = 0.1 * math.log(yarn_factor) + 1.0
-        self.frequencies = frequencies
+        self.half, self.yarn_factor = head_dim // 2, yarn_factor
+        self.yarn_original_length = yarn_original_length
+        self.beta_fast, self.beta_slow = beta_fast, beta_slow
         # Kept as bits: a cast of the module to bf16 would round a buffer of fp32.
-        bits = torch.tensor(frequencies, dtype=torch.float32).view(torch.int32)
+        bits = torch.zeros(self.half, dtype=torch.int32)
         self.register_buffer("frequency_bits", bits, persistent=False)
+        self.set_base(base)
+
+    def set_base(self, base: float) -> None:
+        """Positions of another base from here on, as when a run goes on with longer sequences."""
+        frequencies = [base ** (-i / self.half) for i in range(self.half)]
+        self.magnitude = 1.0
+        if self.yarn_factor != 1.0:
+            turns = [self.yarn_original_length * f / (2 * math.pi) for f in frequencies]
+            span = self.beta_fast - self.beta_slow
+            keep = [min(max((t - self.beta_slow) / span, 0.0), 1.0) for t in turns]
+            frequencies = [
+                f * (k + (1 - k) / self.yarn_factor) for f, k in zip(frequencies, keep, strict=True)
+            ]
+            self.magnitude = 0.1 * math.log(self.yarn_factor) + 1.0
+        self.frequencies = frequencies
+        bits = torch.tensor(frequencies, dtype=torch.float32).view(torch.int32)
+        self.frequency_bits.copy_(bits)
 
     def forward(self, positions: Tensor) -> Rope:
         """positions int64 [T] -> cos and sin, fp32 [T, head_dim / 2]."""

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.train.test_run import SMALL
+from tests.train.ranks import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
 

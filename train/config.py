@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from data.config import TokenizerConfig, check_root, data_config, from_config, resolve_path
 from eval.needle import NeedleSettings
 from model.build import build_decoder
-from train.optimizer import AdamWConfig
+from model.checkpoint import find_checkpoint
+from model.parallel import check_heads
+from train.optimizer import OptimizerConfig
 from train.schedule import Schedule
 
 
@@ -24,24 +26,47 @@ class TrainConfig:
     micro_batch_tokens: int
     max_tokens: int
     max_steps: int | None
+    stages: list
     precision: Literal["auto", "bf16", "fp32"]
-    activation_checkpointing: bool
+    compile: bool
+    activation_checkpointing: Literal["none", "full", "selective"]
     grad_clip: float
+    spike_sigma: float
+    max_skipped: int
     validate_every: int
     validation_tokens: int | None
     checkpoint_every: int
     keep_checkpoints: int
+    keep_every: int | None
+    background_checkpoints: bool
     resume: bool | Literal["auto"]
+    init_from: str | None
 
     def __post_init__(self) -> None:
-        if self.micro_batch_tokens % self.seq_len:
-            raise ValueError(
-                f"train.micro_batch_tokens={self.micro_batch_tokens} is not a multiple of "
-                f"train.seq_len={self.seq_len}."
-            )
-        for name in ("validate_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
+        for name in (
+            "validate_every", "checkpoint_every", "keep_checkpoints", "keep_every", "max_skipped",
+        ):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}; it must be at least 1.")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """An entry of train.stages: how a run goes on from a number of tokens."""
+
+    from_tokens: int
+    seq_len: int
+    rope_base: float | None = None  # None: as before
+    weights: dict | None = None  # shares of the sources' tokens; None: the data config's
+
+
+class LengthStage(NamedTuple):
+    """The part of a run that begins after `first_step` steps."""
+
+    first_step: int
+    seq_len: int
+    rope_base: float
+    weights: dict | None
 
 
 @dataclass(frozen=True)
@@ -49,6 +74,17 @@ class ParallelConfig:
     """conf/parallel"""
 
     zero_stage: Literal[0, 1, 2, 3]
+    sequence: int
+    offload: Literal["none", "optimizer", "parameters"]
+
+    def __post_init__(self) -> None:
+        if self.sequence < 1:
+            raise ValueError(f"parallel.sequence={self.sequence}; it must be at least 1.")
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(
+                f"parallel.offload={self.offload} needs ZeRO-{needed}: choose parallel=zero{needed}."
+            )
 
 
 @dataclass(frozen=True)
@@ -58,6 +94,13 @@ class LogConfig:
     every: int
     wandb: Literal["auto", "online", "offline", "disabled"]
     wandb_project: str
+    profile: list[int] | None
+
+    def __post_init__(self) -> None:
+        if self.profile is not None and not (
+            len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]
+        ):
+            raise ValueError(f"log.profile={self.profile}; give [first step, last step] or null.")
 
 
 @dataclass(frozen=True)
@@ -70,10 +113,11 @@ class RunConfig:
     device: torch.device
     dtype: torch.dtype
     train: TrainConfig
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     schedule: Schedule
     parallel: ParallelConfig
     log: LogConfig
+    stages: tuple[LengthStage, ...]
     raw: dict
 
     @property
@@ -81,9 +125,32 @@ class RunConfig:
         """Where the run leaves everything; all ranks share it."""
         return self.output_dir / self.name
 
-    @property
-    def sequences_per_step(self) -> int:
-        return self.train.batch_tokens // self.train.seq_len
+    def stage(self, step: int) -> int:
+        """The number of the length stage to which the step after `step` steps belongs."""
+        return max(i for i, stage in enumerate(self.stages) if stage.first_step <= step)
+
+    def last_step(self, stage: int) -> int:
+        """Steps behind the run at the stage's end."""
+        borders = [s.first_step for s in self.stages[stage + 1 :]]
+        return min([*borders, self.num_steps])
+
+    def trained_stage(self, step: int) -> LengthStage:
+        """The stage that the first `step` steps end in."""
+        return self.stages[self.stage(max(step - 1, 0))]
+
+    def sequences_per_step(self, stage: int) -> int:
+        return self.train.batch_tokens // self.stages[stage].seq_len
+
+    def as_trained(self, step: int) -> dict:
+        """The config with the lengths and positions that the first `step` steps end with: what a
+        checkpoint's model must be read with."""
+        stage = self.trained_stage(step)
+        model = {**self.raw["model"], "rope_base": stage.rope_base}
+        return {
+            **self.raw,
+            "model": model,
+            "train": {**self.raw["train"], "seq_len": stage.seq_len},
+        }
 
     @property
     def num_steps(self) -> int:
@@ -91,14 +158,19 @@ class RunConfig:
         steps = self.train.max_tokens // self.train.batch_tokens
         return min(steps, self.train.max_steps or steps)
 
+    def lr(self, tokens: float) -> float:
+        """Learning rate of the matrices after so many tokens."""
+        return self.optimizer.lr * self.schedule.scale(tokens, self.train.max_tokens)
+
     def accumulation(self, world_size: int) -> int:
         """Forward passes per rank and optimizer step. Raises ValueError if they do not come out."""
-        per_pass = self.train.micro_batch_tokens * world_size
+        ranks = world_size // self.parallel.sequence
+        per_pass = self.train.micro_batch_tokens * ranks
         if self.train.batch_tokens % per_pass:
             raise ValueError(
                 f"train.batch_tokens={self.train.batch_tokens} is not a multiple of "
                 f"train.micro_batch_tokens x ranks = {self.train.micro_batch_tokens} x "
-                f"{world_size} = {per_pass}."
+                f"{ranks} = {per_pass}."
             )
         return self.train.batch_tokens // per_pass
 
@@ -118,25 +190,51 @@ def check_config(raw: dict) -> RunConfig:
         device=device,
         dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[precision],
         train=train,
-        optimizer=from_config(AdamWConfig, raw["optimizer"], "optimizer"),
+        optimizer=from_config(OptimizerConfig, raw["optimizer"], "optimizer"),
         schedule=from_config(Schedule, raw["schedule"], "schedule"),
         parallel=from_config(ParallelConfig, raw["parallel"], "parallel"),
         log=from_config(LogConfig, raw["log"], "log"),
+        stages=_stages(train, raw["model"]["rope_base"]),
         raw=raw,
     )
-    run.accumulation(world_size=1)
+    run.accumulation(world_size=run.parallel.sequence)
+    _check_parallel(run)
     if run.num_steps < 1:
         raise ValueError(
             f"train.max_tokens={train.max_tokens} is less than one step of "
             f"train.batch_tokens={train.batch_tokens}."
         )
-    _check_blocks(raw["attention"], train.seq_len)
+    for stage in run.stages:
+        _check_blocks(raw["attention"], stage.seq_len)
+    if train.init_from:
+        find_checkpoint(resolve_path(train.init_from))
     data_config(raw["data"])
     from_config(TokenizerConfig, raw["tokenizer"], "tokenizer")
     from_config(NeedleSettings, raw["eval"], "eval")
     with torch.device("meta"):  # shapes only: a misfit shows before data is prepared
         build_decoder(raw["model"], raw["attention"], vocab_size=256)
     return run
+
+
+def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
+    """Where each stage begins, rounded down to a step. Raises ValueError if borders don't fit."""
+    stages = [LengthStage(0, train.seq_len, float(rope_base), None)]
+    for i, entry in enumerate(train.stages):
+        stage = from_config(StageConfig, entry, f"train.stages.{i}")
+        steps = stage.from_tokens // train.batch_tokens
+        if steps <= stages[-1].first_step:
+            raise ValueError(
+                f"train.stages.{i}.from_tokens={stage.from_tokens} is not beyond the stage before it."
+            )
+        base = stages[-1].rope_base if stage.rope_base is None else stage.rope_base
+        stages.append(LengthStage(steps, stage.seq_len, base, stage.weights))
+    for stage in stages:
+        if train.micro_batch_tokens % stage.seq_len:
+            raise ValueError(
+                f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of "
+                f"seq_len={stage.seq_len}."
+            )
+    return tuple(stages)
 
 
 def _device(raw: dict) -> torch.device:
@@ -153,6 +251,27 @@ def _device(raw: dict) -> torch.device:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(wanted)
+
+
+def _check_parallel(run: RunConfig) -> None:
+    """What does not go together."""
+    stage, sequence = run.parallel.zero_stage, run.parallel.sequence
+    if run.optimizer.name == "muon" and stage > 0:
+        raise ValueError(
+            f"optimizer=muon works on whole matrices, and ZeRO-{stage} cuts them into flat pieces; "
+            "choose parallel=zero0."
+        )
+    if run.train.compile and stage == 3:
+        raise ValueError(
+            "train.compile=true does not go with parallel=zero3, which gathers parameters in hooks "
+            "inside the blocks; choose parallel=zero2 or train.compile=false."
+        )
+    if run.train.micro_batch_tokens % sequence:
+        raise ValueError(
+            f"train.micro_batch_tokens={run.train.micro_batch_tokens} does not divide into "
+            f"parallel.sequence={sequence} equal stretches."
+        )
+    check_heads(run.raw["model"]["num_heads"], run.raw["model"]["num_kv_heads"], sequence)
 
 
 def _check_blocks(attention: dict, seq_len: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,6 +46,73 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     return {"python": platform.python_version(), **found, "device": hardware, "commit": commit}
+
+
+def code_fingerprint() -> str:
+    """Of every source file that a run executes; shown when a run goes on with other code."""
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for room in ("kernels", "model", "data", "train"):
+        for path in sorted((root / room).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Stopwatch:
+    """Seconds of a step by part. On a GPU the parts are timed there, by events in its queue, so
+    nothing waits: a part is the time the GPU spent in it or idle before the next."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.laps: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def _now(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def start(self) -> None:
+        self.laps = [("", self._now())]
+
+    def lap(self, part: str) -> None:
+        """What has passed since the last lap belongs to `part`."""
+        self.laps.append((part, self._now()))
+
+    def stop(self) -> dict[str, float]:
+        """Seconds by part, and of the whole `step`. Waits for the device."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds: dict[str, float] = {}
+        for (_, before), (part, after) in pairwise(self.laps):
+            passed = before.elapsed_time(after) / 1000 if self.cuda else after - before
+            seconds[part] = seconds.get(part, 0.0) + passed
+        return {"step": sum(seconds.values()), **seconds}
+
+
+class Profiler:
+    """torch's profiler around the steps first … last: a trace for chrome://tracing or Perfetto, and
+    the table of operators that took the longest."""
+
+    def __init__(self, folder: Path, steps: list[int] | None):
+        self.folder, self.steps, self.profile = folder, steps or [0, -1], None
+
+    def before(self, step: int) -> None:
+        if step == self.steps[0]:
+            self.profile = torch.profiler.profile()
+            self.profile.start()
+
+    def after(self, step: int) -> None:
+        if self.profile is None or step < self.steps[1]:
+            return
+        self.profile.stop()
+        self.folder.mkdir(exist_ok=True)
+        name = "steps_{}_{}".format(*self.steps)
+        self.profile.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        table = self.profile.key_averages().table(f"self_{device}_time_total", 30)
+        (self.folder / f"{name}.txt").write_text(table)
+        self.profile = None
 
 
 class Telemetry:
@@ -112,14 +182,16 @@ def _start_wandb(folder: Path, config: dict, log: LogConfig):
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
     if mode == "disabled":
         return None
-    try:
-        import wandb
+    os.environ.setdefault("WANDB_SILENT", "true")
+    for attempt in dict.fromkeys((mode, "offline")):  # without a server: into a file, for later
+        try:
+            import wandb
 
-        os.environ.setdefault("WANDB_SILENT", "true")
-        return wandb.init(
-            project=log.wandb_project, name=config["name"], config=config, dir=str(folder),
-            mode=mode,
-        )  # fmt: skip
-    except Exception as error:
-        print(f"W&B is off for this run ({error}); metrics.jsonl has everything.", flush=True)
-        return None
+            settings = wandb.Settings(init_timeout=30, finish_timeout=60)
+            return wandb.init(
+                project=log.wandb_project, name=config["name"], config=config, dir=str(folder),
+                mode=attempt, settings=settings,
+            )  # fmt: skip
+        except Exception as error:
+            print(f"W&B {attempt} failed ({error}); metrics.jsonl has everything.", flush=True)
+    return None

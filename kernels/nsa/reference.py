@@ -343,7 +343,7 @@ def gate_backward(dout, gates, outs, lses):
     gates_first = _arithmetic(gates).movedim(2, 0)
     lse = torch.stack(lses) - gates_first.log()
     lse = lse.masked_fill(gates_first == 0, float("inf"))
-    return delta.movedim(0, 2).to(gates.dtype), lse, delta
+    return delta.movedim(0, 2).to(gates.dtype).contiguous(), lse, delta
 
 
 def row_delta(do, o):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from model.cache import LayerCache
 from model.layers import Rope, rotate
+from model.parallel import HeadExchange
 
 
 class Attention(nn.Module, ABC):
@@ -38,6 +40,7 @@ class Attention(nn.Module, ABC):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.qk_norm, self.norm_eps = qk_norm, norm_eps
         self.scale = head_dim**-0.5
+        self.exchange: HeadExchange | None = None  # set under sequence parallelism
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.q_norm = nn.RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
         self.gate_proj = nn.Linear(dim, num_heads * head_dim, bias=False) if output_gate else None
@@ -65,6 +68,14 @@ class Attention(nn.Module, ABC):
         if self.gate_proj is not None:
             out = out * torch.sigmoid(self.gate_proj(x))
         return self.out_proj(out)
+
+    def to_heads(self, *tensors: Tensor) -> Sequence[Tensor]:
+        """[tokens, heads, D] each: under sequence parallelism all tokens of this rank's heads."""
+        return tensors if self.exchange is None else self.exchange.to_heads(*tensors)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """The way back, for the attention's output."""
+        return x if self.exchange is None else self.exchange.to_tokens(x)
 
     @abstractmethod
     def attend(

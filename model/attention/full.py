@@ -21,7 +21,8 @@ class FullAttention(Attention):
                 return window_decode(q, ks, vs, lengths, cache.max_length, self.scale)
             if any(cache.past):
                 return full_cached(q, ks, vs, cu_seqlens, cache.past, self.scale)
-        return full_attention(q, k, v, cu_seqlens, max_seqlen, self.scale)
+        q, k, v = self.to_heads(q, k, v)
+        return self.to_tokens(full_attention(q, k, v, cu_seqlens, max_seqlen, self.scale))
 
     def flops(self, tokens: int) -> int:
         return 4 * self.num_heads * self.head_dim * tokens * (tokens + 1) // 2

@@ -15,6 +15,8 @@ from kernels.nsa.ops import attention_flops, nsa_attention
 from kernels.nsa.reference import nsa_cached
 from model.attention.base import Attention
 
+ALL_HEADS = slice(None)
+
 
 class MeanCompression(nn.Module):
     """phi as the plain mean of a block."""
@@ -23,8 +25,8 @@ class MeanCompression(nn.Module):
         super().__init__()
         self.geometry = geometry
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """x [T, Hkv, D] -> [C, Hkv, D]"""
+    def forward(self, x: Tensor, cu_seqlens: Tensor, own: slice = ALL_HEADS) -> Tensor:
+        """x [T, heads, D] of the layer's key/value heads `own` -> [C, heads, D]"""
         return mean_pool(x, cu_seqlens, self.geometry)
 
 
@@ -40,10 +42,10 @@ class GatedMeanCompression(nn.Module):
         self.score = nn.Parameter(torch.zeros(num_kv_heads, head_dim))
         self.position = nn.Parameter(torch.zeros(geometry.compress_block, num_kv_heads))
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """x [T, Hkv, D] -> [C, Hkv, D]"""
-        score = (x * self.score).sum(-1)
-        return gated_pool(x, score, self.position, cu_seqlens, self.geometry)
+    def forward(self, x: Tensor, cu_seqlens: Tensor, own: slice = ALL_HEADS) -> Tensor:
+        """x [T, heads, D] of the layer's key/value heads `own` -> [C, heads, D]"""
+        score = (x * self.score[own]).sum(-1)
+        return gated_pool(x, score, self.position[:, own], cu_seqlens, self.geometry)
 
 
 class MLPCompression(nn.Module):
@@ -55,9 +57,11 @@ class MLPCompression(nn.Module):
         self.position = nn.Parameter(torch.zeros(geometry.compress_block, 1, head_dim))
         self.up_proj = nn.Linear(geometry.compress_block * head_dim, 4 * head_dim, bias=False)
         self.down_proj = nn.Linear(4 * head_dim, head_dim, bias=False)
+        for layer in (self.up_proj, self.down_proj):  # applied to blocks, not to tokens
+            layer.rows_per_token = num_kv_heads / geometry.compress_stride
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """x [T, Hkv, D] -> [C, Hkv, D]"""
+    def forward(self, x: Tensor, cu_seqlens: Tensor, own: slice = ALL_HEADS) -> Tensor:
+        """x [T, heads, D] of the layer's key/value heads `own` -> [C, heads, D]"""
         blocks = gather_blocks(x, cu_seqlens, self.geometry) + self.position  # [C, l, Hkv, D]
         return self.down_proj(F.gelu(self.up_proj(blocks.transpose(1, 2).flatten(2))))
 
@@ -126,13 +130,17 @@ class NSAAttention(Attention):
                     self.scale,
                 )  # fmt: skip
         # Whole documents, in training or as prompts.
-        k_cmp = self.compress_k(k_raw, cu_seqlens)
-        v_cmp = self.compress_v(v_raw, cu_seqlens)
+        q, gates, k_raw, v_raw, k_sel, v_sel, k_win, v_win = self.to_heads(
+            q, gates, k_raw, v_raw, k_sel, v_sel, k_win, v_win
+        )
+        own = ALL_HEADS if self.exchange is None else self.exchange.own(self.num_kv_heads)
+        k_cmp = self.compress_k(k_raw, cu_seqlens, own)
+        v_cmp = self.compress_v(v_raw, cu_seqlens, own)
         out, _ = nsa_attention(
             q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, max_seqlen,
             self.geometry, self.scale,
         )  # fmt: skip
-        return out
+        return self.to_tokens(out)
 
     def _append_blocks(self, cache, name, x, cu_seqlens, phi) -> Tensor:
         """Compress the blocks that the new tokens complete, and only those.

@@ -25,7 +25,10 @@ class SlidingAttention(Attention):
                 return window_decode(q, ks, vs, lengths, self.window, self.scale)
             if any(cache.past):
                 return sliding_cached(q, ks, vs, cu_seqlens, cache.past, self.window, self.scale)
-        return sliding_attention(q, k, v, cu_seqlens, max_seqlen, self.window, self.scale)
+        q, k, v = self.to_heads(q, k, v)
+        return self.to_tokens(
+            sliding_attention(q, k, v, cu_seqlens, max_seqlen, self.window, self.scale)
+        )
 
     def flops(self, tokens: int) -> int:
         return 4 * self.num_heads * self.head_dim * causal_pairs(tokens, self.window)

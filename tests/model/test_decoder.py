@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.build import build_decoder
 from model.cache import Cache
+from model.decoder import ATTENTION_OPS
 from model.generate import extend, generate
 
 MODEL = dict(
@@ -117,15 +119,31 @@ def test_generation_stops_and_batches(model):
         generate(model, [[]], 1)
 
 
-def test_activation_checkpointing_changes_nothing(model):
+class Calls(TorchDispatchMode):
+    """Counts forward calls of the attention operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op in ATTENTION_OPS
+        return op(*args, **(kwargs or {}))
+
+
+def test_activation_checkpointing_changes_nothing_but_what_is_computed_twice(model):
     documents = make_documents()
-    gradients = []
-    for model.activation_checkpointing in (False, True):
+    gradients, calls = [], []
+    for what in ("none", "full", "selective"):
+        model.recompute(what)
         model.zero_grad()
-        model(*pack(documents), targets=torch.cat(documents)).objective.backward()
+        with Calls() as counter:
+            model(*pack(documents), targets=torch.cat(documents)).objective.backward()
+        calls.append(counter.count)
         gradients.append([p.grad.clone() for p in model.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        assert torch.equal(a, b)
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+    assert calls == [calls[0], 2 * calls[0], calls[0]]
 
 
 @pytest.mark.parametrize(

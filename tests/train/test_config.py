@@ -36,7 +36,8 @@ def test_every_experiment_is_valid_on_the_cpu(experiment):
      for p in sorted((ROOT / "conf" / g).glob("*.yaml"))],
 )  # fmt: skip
 def test_every_option_of_a_group_is_valid(group, option):
-    check_config(resolved("+experiment=quickstart", f"{group}={option}", "device=cpu"))
+    whole = ["parallel=zero0"] if option == "muon" else []
+    check_config(resolved("+experiment=quickstart", f"{group}={option}", "device=cpu", *whole))
 
 
 def test_the_64k_recipe_has_the_size_it_says():
@@ -58,13 +59,20 @@ def test_the_64k_recipe_has_the_size_it_says():
         (["+devise=cpu"], r"did you mean device\?"),
         (["model.num_heads=5"], "num_kv_heads"),
         (["train.seq_len=8"], "shorter than attention.compress_b"),
-        (["train.seq_len=3000"], "not a multiple of train.seq_len"),
+        (["train.seq_len=3000"], "not a multiple of seq_len"),
         (["train.batch_tokens=10000"], "train.batch_tokens=10000 is not a multiple"),
         (["train.max_tokens=100"], "less than one step"),
         (["train.precision=fp8"], "train.precision"),
         (["parallel.zero_stage=4"], "parallel.zero_stage"),
         (["attention.compress_stride=5"], "not a multiple of compress_stride"),
         (["device=tpu"], "it must be auto, cpu or cuda"),
+        (["parallel.sequence=4"], "does not divide model.num_kv_heads=2"),
+        (["parallel=zero0", "parallel.offload=optimizer"], "choose parallel=zero1"),
+        (["parallel=zero3", "train.compile=true"], "choose parallel=zero2"),
+        (["log.profile=[5]"], "first step, last step"),
+        (["train.stages=[{from_tokens:100,seq_len:1024}]"], "not beyond the stage before it"),
+        (["train.stages=[{from_tokens:40960,seq_len:8192}]"], "not a multiple of seq_len=8192"),
+        (["train.stages=[{from_tokens:40960,seqlen:1024}]"], "did you mean train.stages.0.seq_len"),
     ],
 )
 def test_a_mistake_is_one_sentence(overrides, message):

@@ -1,0 +1,164 @@
+"""How fast a recipe trains: step time, MFU, memory, and what DeepSpeed and torch.compile cost or gain.
+
+    python scripts/benchmark_step.py --out bench.json --seconds 120
+
+Random tokens in documents of one sequence each, on one device, through the trainer's own engine and
+through a bare torch loop. A variant is a recipe with overrides; each writes its line as it ends, and
+none starts after --seconds. The profile's largest parts are printed for the compiled recipe.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
+
+import argparse
+import gc
+import json
+import time
+
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from data.batch import Batch
+from data.config import ROOT, command_line
+from model.build import build_decoder
+from train.config import RunConfig, check_config
+from train.engine import Engine, Ranks, start_process_group
+from train.optimizer import build_optimizer
+from train.telemetry import environment, peak_flops
+
+VOCAB = 32768
+DENSE = ["+experiment=dense_8k"]
+SMALL_PASS = ["train.micro_batch_tokens=8192"]
+VARIANTS = {  # name: (overrides, bare loop?, profile?)
+    "compiled": (DENSE, False, True),
+    "compiled, bare loop": (DENSE, True, False),
+    "compiled, one sequence a pass": ([*DENSE, *SMALL_PASS], False, False),
+    "compiled, one sequence a pass, bare loop": ([*DENSE, *SMALL_PASS], True, False),
+    "eager": ([*DENSE, "train.compile=false"], False, False),
+    "nsa at 64k": (["+experiment=nsa_64k", "train.compile=true"], False, True),
+    "full at 64k": (["+experiment=nsa_64k", "attention=full", "train.compile=true"], False, False),
+    "nsa at 64k, selective": (
+        ["+experiment=nsa_64k", "train.activation_checkpointing=selective"], False, False,
+    ),
+}  # fmt: skip
+
+
+class BareLoop:
+    """The same step without DeepSpeed: bf16 model, fp32 copies, clipping, fused AdamW."""
+
+    def __init__(self, model, run: RunConfig, device: torch.device):
+        self.model = model.to(device, run.dtype)
+        self.optimizer = build_optimizer(self.model, run.optimizer, 0, device.type == "cuda")
+        self.passes, self.clip, self.count = run.accumulation(1), run.train.grad_clip, 0
+        if run.train.compile:
+            for block in model.blocks:
+                block.compile(fullgraph=True)
+
+    def __call__(self, batch: Batch):
+        torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)
+        inputs = batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen
+        return self.model(*inputs, targets=batch.targets)
+
+    def backward(self, loss) -> None:
+        (loss.objective / self.passes).backward()
+
+    def step(self) -> None:
+        self.count += 1
+        if self.count % self.passes == 0:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            self.optimizer.step()
+            self.model.zero_grad()
+
+
+def random_batch(run: RunConfig, device: torch.device) -> Batch:
+    count, length = run.train.micro_batch_tokens // run.train.seq_len, run.train.seq_len
+    tokens = torch.randint(VOCAB, (count * length + 1,), device=device)
+    positions = torch.arange(length, device=device).repeat(count)
+    cu_seqlens = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
+    return Batch(tokens[:-1], tokens[1:], positions, cu_seqlens, length)
+
+
+def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> dict:
+    """One variant: a line of results."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        raw = OmegaConf.to_container(compose("config", command_line(overrides)), resolve=True)
+    run, device = check_config(raw), ranks.device
+    torch.manual_seed(0)
+    model = build_decoder(raw["model"], raw["attention"], VOCAB)
+    flops, count = model.flops_per_token(run.train.seq_len), model.num_parameters()
+    engine = BareLoop(model, run, device) if bare else Engine(model, run, ranks)
+    batch, cuda = random_batch(run, device), device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+
+    def step() -> float:
+        began = time.perf_counter()
+        for _ in range(run.accumulation(1)):
+            engine.backward(engine(batch))
+            engine.step()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    began = time.perf_counter()
+    step()
+    first = time.perf_counter() - began
+    step()
+    seconds = sorted(step() for _ in range(steps))[steps // 2]
+    rate = run.train.batch_tokens / seconds
+    result = {
+        "parameters": count, "tokens_per_step": run.train.batch_tokens, "first_step_s": first,
+        "step_s": seconds, "tokens_per_s": rate, "overrides": overrides,
+        "mfu": rate * flops / peak if (peak := peak_flops(device)) else None,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
+    }  # fmt: skip
+    if profile:
+        with torch.profiler.profile() as found:
+            step()
+        key = "self_device_time_total" if cuda else "self_cpu_time_total"
+        events = [
+            e for e in found.key_averages() if not cuda or "cuda" in str(e.device_type).lower()
+        ]
+        total = sum(getattr(e, key) for e in events)
+        largest = sorted(events, key=lambda e: -getattr(e, key))[:12]
+        result["profile"] = {e.key[:90]: getattr(e, key) / max(total, 1) for e in largest}
+        result["profiled_s"] = total / 1e6
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="benchmark_step.json", help="results, a JSON file")
+    parser.add_argument("--seconds", type=float, default=600, help="no variant starts after these")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps; the median counts")
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants")
+    parser.add_argument("overrides", nargs="*", help="added to every variant")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = start_process_group(device)
+    results = {"environment": environment(ranks.device), "variants": {}}
+    began = time.perf_counter()
+    for name in options.only:
+        if time.perf_counter() - began > options.seconds:
+            break
+        overrides, bare, profile = VARIANTS[name]
+        overrides = [*overrides, *options.overrides]
+        try:
+            result = measure(overrides, bare, profile, ranks, options.steps)
+        except (RuntimeError, ValueError) as error:
+            result = {"error": str(error)[-600:]}
+        results["variants"][name] = result | {"after_s": time.perf_counter() - began}
+        print(name, json.dumps(result), flush=True)
+        Path(options.out).write_text(json.dumps(results, indent=1))
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

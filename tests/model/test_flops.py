@@ -1,0 +1,62 @@
+"""The formula for a training step's operations against torch's own counter."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+from kernels.nsa.geometry import causal_pairs
+from model.build import build_decoder
+
+T, WINDOW, VOCAB = 512, 64, 300
+MODEL = dict(
+    _target_="model.decoder.Decoder", dim=64, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=96
+)
+ATTENTIONS = {
+    "full": dict(_target_="model.attention.full.FullAttention"),
+    "sliding": dict(_target_="model.attention.sliding.SlidingAttention", window=WINDOW),
+    "nsa": dict(_target_="model.attention.nsa.NSAAttention"),
+    "nsa_mlp": dict(_target_="model.attention.nsa.NSAAttention", compression="mlp"),
+}
+
+
+def causal(formula):
+    """torch counts all T x T pairs of its attention, masked or not."""
+    return lambda *shapes, **kwargs: int(formula(*shapes, **kwargs) * (T + 1) / (2 * T))
+
+
+def window(q, k, v, *rest, out_shape=None, **kwargs):
+    return 2 * q[1] * (q[2] + v[2]) * causal_pairs(q[0], WINDOW)
+
+
+def window_backward(do, q, k, v, *rest, out_shape=None, **kwargs):
+    return 5 * window(q, k, v) // 2
+
+
+def of_tensors(formula):
+    """torch hands its formulas for attention the shapes of q, k and v, whatever follows."""
+    return causal(lambda *args, out_shape=None, **kwargs: formula(*args[:3]))
+
+
+def backward_of_tensors(formula):
+    return causal(lambda *args, out_shape=None, **kwargs: formula(*args[:4]))
+
+
+COUNTED_BY_US = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: of_tensors(sdpa_flop),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_of_tensors(
+        sdpa_backward_flop
+    ),
+    torch.ops.nsa.window: window,
+    torch.ops.nsa.window_backward: window_backward,
+}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_formula_counts_what_torch_counts(attention, tied):
+    model = build_decoder(MODEL | dict(tie_embeddings=tied), ATTENTIONS[attention], VOCAB)
+    tokens = torch.randint(VOCAB, (T,))
+    with FlopCounterMode(display=False, custom_mapping=COUNTED_BY_US) as counter:
+        inputs = tokens, torch.arange(T), torch.tensor([0, T]).int(), T
+        model(*inputs, targets=tokens).objective.backward()
+    assert model.flops_per_token(T) * T == pytest.approx(counter.get_total_flops(), rel=0.005)

@@ -1,0 +1,27 @@
+"""The dashboard's panels against what a run records, read back from its W&B file."""
+
+import pytest
+
+from scripts.wandb_dashboard import SECTIONS, add_heatmaps, missing, recorded, workspace
+from tests.train.ranks import pretrain
+
+
+def test_an_offline_run_fills_every_panel(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    pretrain(tmp_path, "name=run", "log.wandb=offline")
+    names = recorded(tmp_path / "run")
+    assert {"loss", "tokens", "val/bpb", "gates/window/layer_01"} <= names
+    assert missing(names) == {}
+    assert missing(names - {"loss"}) == {"Training loss (nats per token)": ["loss"]}
+    assert add_heatmaps(tmp_path / "run") == 0  # none were made
+
+
+def test_a_run_without_wandb_is_one_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match="log.wandb=offline"):
+        recorded(tmp_path)
+
+
+def test_the_workspace_holds_every_section():
+    pytest.importorskip("wandb_workspaces")
+    built = workspace("me", "nsa-lm")
+    assert [section.name for section in built.sections][: len(SECTIONS)] == list(SECTIONS)
