@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 SCORES = ("generation", "ranking")
 
 
-def wilson(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Confidence interval of a proportion (Wilson 1927), 95 % by default; holds at 0 and at n."""
+def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval of a proportion (Wilson 1927), 95 % by default; holds at 0 and at n.
+
+    Of n shares between 0 and 1 (several answers asked for at once) `successes` is their sum: they
+    vary less than rights and wrongs of the same mean, so the interval is a little wide for them.
+    """
     p, z2 = successes / n, z * z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    half = z / (1 + z2 / n) * math.sqrt(max(0.0, p * (1 - p) / n) + z2 / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def summarize(records: list[dict], *keys: str) -> list[dict]:
+def summarize(records: list[dict], *keys: str, scores: Sequence[str] = SCORES) -> list[dict]:
     """A row for each combination of keys (such as "length", "depth"), in order of appearance.
 
-    A record says true or false under each of SCORES; a row says the share that is true, and the
-    interval's ends under <score>_low and <score>_high.
+    A record holds under each score the share of its answers that is right (of one answer: true or
+    false); a row holds the mean, and the interval's ends under <score>_low and <score>_high.
     """
     groups: dict[tuple, list[dict]] = {}
     for record in records:
@@ -27,7 +32,7 @@ def summarize(records: list[dict], *keys: str) -> list[dict]:
     rows = []
     for group, members in groups.items():
         row = dict(zip(keys, group, strict=True)) | {"samples": len(members)}
-        for score in SCORES:
+        for score in scores:
             right = sum(member[score] for member in members)
             low, high = wilson(right, len(members))
             row |= {score: round(right / len(members), 4)}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from data.config import resolve_path
 from data.shards import TokenShards
 from model.checkpoint import Checkpoint
 
@@ -48,6 +49,13 @@ class Haystack:
         self.tokens = np.resize(tokens, self.size + longest)  # repeats the text
         self._ends = _sentence_ends(self.tokens, tokenizer)
         self.starts = np.concatenate([[0], self._ends[self._ends < self.size]])
+
+    @classmethod
+    def find(cls, checkpoint: Checkpoint, path: str | None, longest: int) -> Haystack:
+        """The text at `path`, from the repository's root, or the checkpoint's held-out text."""
+        if path:
+            return cls.from_file(resolve_path(path), checkpoint.tokenizer, longest)
+        return cls.held_out(checkpoint, longest)
 
     @classmethod
     def held_out(cls, checkpoint: Checkpoint, longest: int) -> Haystack:

@@ -11,32 +11,36 @@ TITLES = {"generation": "Answer generated", "ranking": "Answer ranked first"}
 
 
 def save_heatmap(results: dict, path: Path) -> None:
-    """Two panels, generation and ranking, from the results of eval.needle.
+    """Two panels for each task, generation and ranking, from the results of eval.needle.
 
     The map, cividis, is even in lightness and reads the same with colour-blind eyes.
     """
-    lengths = sorted({cell["length"] for cell in results["cells"]})
-    depths = sorted({cell["depth"] for cell in results["cells"]})
+    cells, tasks = results["cells"], list(results["chance"])
+    lengths = sorted({cell["length"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells})
     width, height = 2.2 + 0.75 * len(lengths), 1.9 + 0.42 * len(depths)
-    figure = Figure((2 * max(width, 3.6), max(height, 3.4)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, (score, title) in zip(panels, TITLES.items(), strict=True):
-        grid = np.full((len(depths), len(lengths)), np.nan)
-        for cell in results["cells"]:
-            grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell[score]
-        image = panel.imshow(100 * grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-        for (row, column), value in np.ndenumerate(grid):
-            colour = "white" if value < 0.5 else "black"
-            panel.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour)
-        chance = f"  (chance {100 * results['chance']:.3g} %)" if score == "ranking" else ""
-        panel.set_title(title + chance, fontsize=11)
-        panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
-        panel.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
-        panel.set_xlabel("context length (tokens)")
-        panel.tick_params(length=0)
-        panel.spines[:].set_visible(False)
-    panels[0].set_ylabel("depth of the needle (%)")
-    figure.colorbar(image, ax=panels, label="accuracy (%)", pad=0.02).outline.set_visible(False)
-    samples = results["cells"][0]["samples"]
+    size = 2 * max(width, 3.6), max(height, 3.4) * len(tasks)
+    figure = Figure(size, layout="constrained")
+    rows = figure.subplots(len(tasks), 2, sharey=True, squeeze=False)
+    for task, panels in zip(tasks, rows, strict=True):
+        chance = f"  (chance {100 * results['chance'][task]:.3g} %)"
+        for panel, (score, title) in zip(panels, TITLES.items(), strict=True):
+            at = {(c["depth"], c["length"]): c[score] for c in cells if c["task"] == task}
+            grid = np.array([[at[depth, length] for length in lengths] for depth in depths])
+            image = panel.imshow(100 * grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+            for (row, column), value in np.ndenumerate(grid):
+                colour = "white" if value < 0.5 else "black"
+                text = f"{100 * value:.0f}"
+                panel.text(column, row, text, ha="center", va="center", color=colour)
+            title = f"{task.replace('_', '-')}: {title.lower()}" if len(tasks) > 1 else title
+            panel.set_title(title + chance * (score == "ranking"), fontsize=11)
+            panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+            panel.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
+            panel.set_xlabel("context length (tokens)")
+            panel.tick_params(length=0)
+            panel.spines[:].set_visible(False)
+        panels[0].set_ylabel("depth of the needle (%)")
+    figure.colorbar(image, ax=rows, label="accuracy (%)", pad=0.02).outline.set_visible(False)
+    samples = cells[0]["samples"]
     figure.suptitle(f"Needle in a haystack, step {results['step']:,}, {samples} samples a cell")
     figure.savefig(path, dpi=150)

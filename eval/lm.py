@@ -1,13 +1,14 @@
-"""What the evaluators ask of a language model: two functions, and our decoder behind them.
+"""What the evaluators ask of a language model: three functions, and our decoder behind them.
 
-An evaluator takes anything with these two methods, so a test can plant any behaviour it likes.
+An evaluator takes anything with these methods, so a test can plant any behaviour it likes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,64 +16,131 @@ from model.cache import Cache
 from model.decoder import Decoder
 from model.generate import feed
 
+BATCH_TOKENS = 1 << 17  # read at once, over all sequences of a batch
+LOGITS = 1 << 27  # held at once; 64k tokens times a large vocabulary would be tens of gigabytes
+
 
 class LanguageModel(Protocol):
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuations, without the stop token."""
 
-    def score(self, prompt: list[int], candidates: Sequence[list[int]]) -> list[float]:
-        """Log-probability, in nats, of each candidate as the continuation of the prompt."""
+    def score(
+        self, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]]
+    ) -> list[list[float]]:
+        """Log-probability, in nats, of each of a prompt's candidates as its continuation.
+
+        Every prompt has the same number of candidates.
+        """
+
+    def logprobs(self, sequences: Sequence[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """For each sequence of n tokens, all but the first: log-probability given those before,
+        float32 [n - 1], and whether it was the likeliest, bool [n - 1]."""
+
+
+def batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> Iterator[slice]:
+    """Consecutive sequences whose lengths sum to at most `limit`; a longer one is alone."""
+    start = total = 0
+    for i, length in enumerate(lengths):
+        if i > start and total + length > limit:
+            yield slice(start, i)
+            start, total = i, 0
+        total += length
+    if start < len(lengths):
+        yield slice(start, len(lengths))
 
 
 class DecoderLM:
     """Our decoder as a LanguageModel.
 
-    Each prompt is read once: its cache stays, and every continuation starts again from its end.
-    At most reserve tokens may follow a prompt.
+    Prompts are read in batches, and the last batch's cache stays: every continuation of the same
+    prompts starts again from their ends. At most reserve tokens may follow a prompt.
     """
 
     def __init__(self, model: Decoder, stop_tokens: Collection[int], reserve: int = 256):
         self.model, self.stop_tokens, self.reserve = model, frozenset(stop_tokens), reserve
         self.device = model.embedding.weight.device
-        self._prompt: list[int] = []
+        self._prompts: list[list[int]] = []
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        results = []
-        for prompt in prompts:
-            last, new = self._read(prompt), []
-            while True:
-                token = int(self.model.logits(last).argmax())
-                if token in self.stop_tokens:
-                    break
-                new.append(token)
-                if len(new) == max_new_tokens:
-                    break
-                last = self._feed([token])[-1]
-            results.append(new)
+        results: list[list[int]] = []
+        for part in batches([len(p) + self.reserve for p in prompts]):
+            results += self._continue(prompts[part], max_new_tokens)
+        return results
+
+    def _continue(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        last, results = self._read(prompts), [[] for _ in prompts]
+        running = [True] * len(prompts)
+        for _ in range(max_new_tokens):
+            tokens = self.model.logits(last).argmax(-1).tolist()
+            for i, token in enumerate(tokens):
+                running[i] &= token not in self.stop_tokens
+                if running[i]:
+                    results[i].append(token)
+            if not any(running):
+                break
+            last = self._feed([[token] for token in tokens])
         return results
 
     @torch.inference_mode()
-    def score(self, prompt: list[int], candidates: Sequence[list[int]]) -> list[float]:
-        scores = []
-        for candidate in candidates:
-            hidden = self._read(prompt)[None]
-            if len(candidate) > 1:
-                hidden = torch.cat([hidden, self._feed(candidate[:-1])])
-            logprobs = self.model.logits(hidden).float().log_softmax(-1)
-            target = torch.tensor(candidate, device=self.device)
-            scores.append(float(logprobs.gather(1, target[:, None]).sum()))
-        return scores
+    def score(
+        self, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]]
+    ) -> list[list[float]]:
+        results: list[list[float]] = []
+        for part in batches([len(p) + self.reserve for p in prompts]):
+            # Turn by turn, so that every prompt is continued by one candidate at a time.
+            turns = zip(*candidates[part], strict=True)
+            scores = [self._score(prompts[part], turn) for turn in turns]
+            results += [list(row) for row in zip(*scores, strict=True)]
+        return results
 
-    def _read(self, prompt: list[int]) -> Tensor:
-        """Stand at the end of the prompt; its last hidden state [dim]."""
-        if prompt != self._prompt:
-            self._cache = Cache(1, len(self.model.blocks), len(prompt) + self.reserve)
-            self._last = self._feed(prompt)[-1].clone()
-            self._end, self._prompt = self._cache.mark(), list(prompt)
+    def _score(self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]):
+        """One continuation for each prompt -> its log-probability."""
+        last, lengths = self._read(prompts), [len(c) for c in continuations]
+        hidden = self._feed(continuations).split(lengths)
+        # The state before each token: the prompt's last, then the continuation's but its last.
+        before = torch.cat([t for i, h in enumerate(hidden) for t in (last[i : i + 1], h[:-1])])
+        target = torch.tensor([t for c in continuations for t in c], device=self.device)
+        logprobs, _ = self._against(before, target)
+        return [float(part.sum()) for part in logprobs.split(lengths)]
+
+    @torch.inference_mode()
+    def logprobs(self, sequences: Sequence[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
+        results = []
+        for part in batches([len(s) for s in sequences]):
+            lengths = [len(s) for s in sequences[part]]
+            tokens = torch.tensor([t for s in sequences[part] for t in s], device=self.device)
+            positions = torch.cat([torch.arange(n) for n in lengths]).to(self.device)
+            cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(self.device)
+            hidden = self.model.hidden(tokens, positions, cu_seqlens, max(lengths))
+            found = self._against(hidden, tokens.roll(-1))
+            logprobs, greedy = (x.cpu().split(lengths) for x in found)
+            pairs = zip(logprobs, greedy, strict=True)
+            results += [(p[:-1].numpy(), g[:-1].numpy()) for p, g in pairs]
+        return results
+
+    def _against(self, hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [T, dim], target [T] -> log-probabilities, fp32 [T], and greedy hits, bool [T]."""
+        rows = max(1, LOGITS // len(self.model.output_weight))
+        logprobs, greedy = [], []
+        for h, t in zip(hidden.split(rows), target.split(rows), strict=True):
+            logits = self.model.logits(h).float()
+            logprobs.append(logits.log_softmax(-1).gather(1, t[:, None])[:, 0])
+            greedy.append(logits.argmax(-1) == t)
+        return torch.cat(logprobs), torch.cat(greedy)
+
+    def _read(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Stand at the ends of the prompts; their last hidden states [B, dim]."""
+        if list(prompts) != self._prompts:
+            self._prompts = []  # if reading fails, nothing is held
+            self._cache = self._last = None  # the old cache makes room first
+            room = max(map(len, prompts)) + self.reserve
+            self._cache = Cache(len(prompts), len(self.model.blocks), room)
+            self._last = self._feed(prompts)[torch.tensor([len(p) for p in prompts]).cumsum(0) - 1]
+            self._end, self._prompts = self._cache.mark(), list(prompts)
         self._cache.rewind(self._end)
         return self._last
 
-    def _feed(self, new: list[int]) -> Tensor:
-        """Hidden states [len(new), dim] of tokens appended to the cache."""
-        return feed(self.model, self._cache, [new])
+    def _feed(self, new: Sequence[list[int]]) -> Tensor:
+        """Hidden states [T, dim], packed, of each sequence's new tokens, appended to the cache."""
+        return feed(self.model, self._cache, new)

@@ -58,6 +58,7 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     metrics = _metrics(folder / "metrics.jsonl")
     needles = [_json(path) for path in (folder / "eval" / "needle").glob("*.json")]
+    needles = [n for n in needles if "cells" in n]  # the others are still being measured
     return Run(
         folder=folder,
         config=run_config(folder),
@@ -155,10 +156,11 @@ def _cards(run: Run) -> str:
         cards.append(("Validation", f"{ours:.3f}", against))
     if run.needle:
         for score, label in (("generation", "generated"), ("ranking", "ranked first")):
-            by_length = run.needle["by_length"]
+            task, chance = next(iter(run.needle["chance"].items()))
+            by_length = [row for row in run.needle["by_length"] if row["task"] == task]
             note = ", ".join(f"{row[score]:.0%} at {row['length']:,}" for row in by_length)
             if score == "ranking":
-                note += f"; chance is {100 * run.needle['chance']:.3g} %"
+                note += f"; chance is {100 * chance:.3g} %"
             mean = statistics.fmean(row[score] for row in by_length)
             cards.append((f"Needle {label}", f"{mean:.0%}", note))
     if run.num_parameters:
@@ -280,28 +282,34 @@ def _needle(run: Run) -> str:
             f"python eval/needle.py checkpoint={run.folder}",
         )  # fmt: skip
     needle, settings = run.needle, run.needle["settings"]
-    chance = f"{100 * needle['chance']:.3g} %"
     intro = (
-        f"A sentence with a magic value ({settings['values']}) is hidden in held-out text, and the "
-        f"prompt ends by asking for it; {needle['cells'][0]['samples']} samples a cell, step "
+        f"Sentences with magic values ({settings['values']}) are hidden in held-out text, and the "
+        f"prompt ends by asking for them; {needle['cells'][0]['samples']} samples a cell, step "
         f"{needle['step']:,}. Generated: the value occurs in the model's answer of at most "
-        f"{settings['max_new_tokens']} tokens. Ranked first: it is the likeliest of "
-        f"{settings['candidates']} values; guessing gives {chance}."
+        f"{settings['max_new_tokens']} tokens for each. Ranked first: it is the likeliest of "
+        f"{settings['candidates']} values."
     )
-    grids = heat_table("Answer generated", needle["cells"], "generation")
-    grids += heat_table(f"Answer ranked first (chance {chance})", needle["cells"], "ranking")
-    rows = [("length", "samples", "generated", "95 % interval", "ranked first", "95 % interval")]
+    grids, rows = "", [
+        ("task", "length", "samples", "generated", "95 % interval", "ranked first", "95 % interval")
+    ]  # fmt: skip
+    for task, chance in needle["chance"].items():
+        cells, name = [c for c in needle["cells"] if c["task"] == task], task.replace("_", "-")
+        grids += heat_table(f"{name}: answer generated", cells, "generation")
+        grids += heat_table(
+            f"{name}: answer ranked first (chance {100 * chance:.3g} %)", cells, "ranking"
+        )
     for row in needle["by_length"]:
-        cells = [f"{row['length']:,}", f"{row['samples']:,}"]
+        cells = [row["task"].replace("_", "-"), f"{row['length']:,}", f"{row['samples']:,}"]
         for score in ("generation", "ranking"):
             cells.append(f"{row[score]:.0%}")
             cells.append(f"{row[score + '_low']:.0%} – {row[score + '_high']:.0%}")
         rows.append(tuple(cells))
     example = max(needle["samples"], key=lambda s: (s["generation"], s["ranking"]))
+    hidden = " … ".join(example["needles"])
     return (
         f'<h2>Needle in a haystack</h2><p class="quiet">{escape(intro)}</p>'
         f'<div class="grid two">{grids}</div><figure>{_table(rows)}</figure>'
-        f"<details><summary>A sample, word for word</summary><blockquote>… {escape(example['needle'])} …"
+        f"<details><summary>A sample, word for word</summary><blockquote>… {escape(hidden)} …"
         f"</blockquote><blockquote>{escape(example['question'])}</blockquote><p>The model went on:</p>"
         f"<blockquote>{escape(example['generated'])}</blockquote></details>"
     )

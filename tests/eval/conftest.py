@@ -7,7 +7,7 @@ import pytest
 
 from data.tokenizer import train_tokenizer
 from eval.haystack import Haystack
-from eval.needle import TEMPLATES, NeedleSettings
+from eval.needle_samples import TEMPLATES, NeedleSettings
 
 PLACES = "Bath Clifton Fullerton Northanger Salisbury Bristol Wells Oxford".split()
 TEXT = " ".join(
@@ -18,7 +18,7 @@ TEXT = " ".join(
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return train_tokenizer([TEXT, *(2 * part for pair in TEMPLATES for part in pair)], 512)
+    return train_tokenizer([TEXT, *(2 * part for forms in TEMPLATES for part in forms)], 512)
 
 
 @pytest.fixture(scope="session")
@@ -30,8 +30,8 @@ def haystack(tokenizer):
 @pytest.fixture
 def settings():
     return NeedleSettings(
-        lengths=[256, 512], depths=3, samples=6, values="numbers", candidates=4, max_new_tokens=16,
-        seed=0, haystack=None,
+        tasks=["single"], lengths=[320, 512], depths=3, samples=6, needles=3, values="numbers",
+        candidates=5, max_new_tokens=16, seed=0, haystack=None,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.lm import DecoderLM
+from eval.lm import DecoderLM, batches
 from model.generate import generate
 from tests.eval.tiny import decoder
 
@@ -38,17 +38,33 @@ def test_scores_and_continuations(attention):
     prompts = [torch.randint(1, 50, (n,), generator=draw).tolist() for n in (1, 14, 37)]
     candidates = [torch.randint(1, 50, (n,), generator=draw).tolist() for n in (1, 7, 3, 9)]
     expected = generate(model, prompts, 12, stop_tokens={0})
-    for prompt, continuation in zip(prompts, expected, strict=True):
-        scores = [log_probability(model, prompt, c) for c in candidates]
+    scores = [[log_probability(model, prompt, c) for c in candidates] for prompt in prompts]
+    for prompt, own, continuation in zip(prompts, scores, expected, strict=True):
         for _ in range(2):  # whatever was asked in between
-            assert lm.score(prompt, candidates) == pytest.approx(scores, abs=1e-3)
+            assert lm.score([prompt], [candidates])[0] == pytest.approx(own, abs=1e-3)
             assert lm.generate([prompt], 12) == [continuation]
+    together = lm.score(prompts, [candidates] * 3)
+    for found, own in zip(together, scores, strict=True):
+        assert found == pytest.approx(own, abs=1e-3)
     assert lm.generate(prompts, 12) == expected
+    for prompt, (logprobs, greedy) in zip(prompts, lm.logprobs(prompts), strict=True):
+        assert len(logprobs) == len(greedy) == len(prompt) - 1
+        steps = [
+            log_probability(model, prompt[:i], prompt[i : i + 1]) for i in range(1, len(prompt))
+        ]
+        assert logprobs.tolist() == pytest.approx(steps, abs=1e-3)
+
+
+def test_batches_hold_at_most_their_limit():
+    lengths = [3, 4, 5, 20, 1, 1]
+    parts = [lengths[part] for part in batches(lengths, 9)]
+    assert parts == [[3, 4], [5], [20], [1, 1]] and list(batches([])) == []
 
 
 def test_the_stop_token_ends_the_answer():
     model = decoder({"model": SIZES, "attention": ATTENTIONS["full"]}, 50)
     [free] = DecoderLM(model, stop_tokens=()).generate([[1, 2, 3]], 8)
     stop = free[4]
-    [stopped] = DecoderLM(model, stop_tokens={stop}).generate([[1, 2, 3]], 8)
+    stopped, other = DecoderLM(model, stop_tokens={stop}).generate([[1, 2, 3], [4, 5]], 8)
     assert stopped == free[: free.index(stop)]
+    assert other == DecoderLM(model, stop_tokens={stop}).generate([[4, 5]], 8)[0]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import random
 import re
 from functools import partial
 
@@ -17,8 +16,12 @@ from data.tokenizer import end_of_text_id
 from eval import needle
 from eval.accuracy import summarize, wilson
 from eval.haystack import Haystack
+from eval.needle_samples import TASKS, make_sample
+from eval.records import Records
+from eval.words import ADJECTIVES, NOUNS
 from model.checkpoint import load_checkpoint, save_weights
 from tests.eval.conftest import TEXT, run_script
+from tests.eval.planted import Favourite, Guesser, Indifferent, Reader
 from tests.eval.tiny import decoder
 
 MODELS = {
@@ -30,145 +33,154 @@ MODELS = {
 }  # fmt: skip
 
 
-class Reader:
-    """Sees the last `sight` tokens and answers with the value of the needle, if that is there."""
-
-    def __init__(self, tokenizer, sight=10**9):
-        self.tokenizer, self.sight = tokenizer, sight
-
-    def answer(self, prompt):
-        text = self.tokenizer.decode(prompt[-self.sight :])
-        text = text.rpartition("\n\n")[0]  # without the question
-        found = re.search(r"\b(\d{7})\b\.", text)
-        return found and " " + found[1]
-
-    def generate(self, prompts, max_new_tokens):
-        answers = [self.answer(p) or " no idea" for p in prompts]
-        return [self.tokenizer.encode(a).ids[:max_new_tokens] for a in answers]
-
-    def score(self, prompt, candidates):
-        answer = self.answer(prompt)
-        return [-0.1 if self.tokenizer.decode(c) == answer else -9.0 for c in candidates]
+def find_values(text):
+    """All seven-digit numbers that a needle gives away, without the question's."""
+    asked = text.rpartition("\n\n")[2]
+    statements = re.findall(r"[^.]* \d{7}\b(?=\.)", text.rpartition("\n\n")[0])
+    of = [s[-7:] for s in statements if any(re.search(rf"\b{n}\b", asked) for n in NOUNS if n in s)]
+    return of
 
 
-class Guesser:
-    """Never looks at the prompt."""
-
-    def __init__(self, tokenizer):
-        self.rng = random.Random(0)
-
-    def generate(self, prompts, max_new_tokens):
-        return [[] for _ in prompts]
-
-    def score(self, prompt, candidates):
-        return [self.rng.random() for _ in candidates]
-
-
-class Indifferent(Guesser):
-    def score(self, prompt, candidates):
-        return [-1.0 for _ in candidates]
-
-
-class Favourite(Guesser):
-    """Has a taste in values, and follows it."""
-
-    def score(self, prompt, candidates):
-        return [float(np.cos(np.dot(c, np.arange(len(c))))) for c in candidates]
-
-
-def records(lm, tokenizer, haystack, settings):
+def measured(lm, tokenizer, haystack, settings, tmp_path):
+    """All records of the grid, not resumed."""
     return [
         record
+        for task in settings.tasks
         for length in settings.lengths
-        for record in needle.measure(lm, tokenizer, haystack, settings, length)
-    ]
+        for record in needle.measure(
+            lm, tokenizer, haystack, settings, task, length,
+            Records(tmp_path / "none" / f"{task}{length}.json", needle.KEYS, {}),
+        )
+    ]  # fmt: skip
 
 
-def test_a_model_that_reads_gets_everything(tokenizer, haystack, settings):
-    for row in summarize(records(Reader(tokenizer), tokenizer, haystack, settings), "length"):
-        assert (row["generation"], row["ranking"], row["samples"]) == (1.0, 1.0, 18)
+@pytest.fixture
+def everything(settings):
+    return dataclasses.replace(settings, tasks=list(TASKS))
+
+
+def test_a_model_that_reads_gets_everything(tokenizer, haystack, everything, tmp_path):
+    lm = Reader(tokenizer, find_values)
+    rows = summarize(measured(lm, tokenizer, haystack, everything, tmp_path), "task", "length")
+    assert len(rows) == 8
+    for row in rows:
+        assert (row["generation"], row["ranking"], row["samples"]) == (1.0, 1.0, 18), row
 
 
 def test_a_model_blind_beyond_k_tokens_finds_exactly_the_needles_within(
-    tokenizer, haystack, settings
+    tokenizer, haystack, everything, tmp_path
 ):
-    sight = 120
-    found = records(Reader(tokenizer, sight), tokenizer, haystack, settings)
-    outcomes = set()
+    sight = 160
+    lm = Reader(tokenizer, find_values, sight)
+    found = measured(lm, tokenizer, haystack, everything, tmp_path)
     for record in found:
-        left = record["prompt_tokens"] - record["position"]  # tokens from the needle's start
-        statement = len(tokenizer.encode(" " + record["needle"]).ids)
-        if left <= sight:
-            assert record["generation"] and record["ranking"]
-        if left - statement > sight:
-            assert not record["generation"]
-        outcomes.add(record["generation"])
-    assert outcomes == {True, False}
-    by_depth = {row["depth"]: row["generation"] for row in summarize(found, "depth")}
+        starts = [record["prompt_tokens"] - p for p in record["positions"]]
+        asked = [v in text for text in record["needles"] for v in record["values"] if v in text]
+        of_asked = [
+            i for i, n in enumerate(record["needles"]) if any(v in n for v in record["values"])
+        ]
+        whole = sum(starts[i] <= sight for i in of_asked) / len(asked)
+        tokens = [len(tokenizer.encode(" " + n).ids) for n in record["needles"]]
+        touched = sum(starts[i] - tokens[i] < sight for i in of_asked) / len(asked)
+        assert whole <= record["generation"] <= touched
+        assert record["ranking"] >= whole
+    outcomes = {(r["task"], r["generation"]) for r in found}
+    assert {("single", 0), ("single", 1), ("multi_value", 0), ("multi_value", 1 / 3)} <= outcomes
+    single = [record for record in found if record["task"] == "single"]
+    by_depth = {row["depth"]: row["generation"] for row in summarize(single, "depth")}
     assert (by_depth[0.0], by_depth[100.0]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("model", [Guesser, Indifferent, Favourite])
-def test_a_model_that_does_not_read_ranks_at_chance(model, tokenizer, haystack, settings):
-    settings = dataclasses.replace(settings, lengths=[224], samples=200)
-    [row] = summarize(records(model(tokenizer), tokenizer, haystack, settings), "length")
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_that_does_not_read_ranks_at_chance(
+    model, task, tokenizer, haystack, settings, tmp_path
+):
+    settings = dataclasses.replace(settings, tasks=[task], lengths=[288], samples=150)
+    [row] = summarize(measured(model(), tokenizer, haystack, settings, tmp_path), "length")
     assert row["generation"] == 0
-    assert abs(row["ranking"] - 1 / settings.candidates) < 0.06  # 3.4 deviations
+    assert settings.chance(task) == (0.6 if task in ("multi_value", "multi_query") else 0.2)
+    assert abs(row["ranking"] - settings.chance(task)) < 0.065  # 3.4 deviations
 
 
 @pytest.mark.parametrize("values", ["numbers", "words"])
-def test_samples_have_exactly_their_length_and_one_needle_at_a_sentence_end(
-    values, tokenizer, haystack, settings
+@pytest.mark.parametrize("task", TASKS)
+def test_samples_have_exactly_their_length_and_their_needles_at_sentence_ends(
+    values, task, tokenizer, haystack, settings
 ):
     settings = dataclasses.replace(settings, values=values)
     starts = set()
-    for length in (200, 511, 1024):
+    for length in (320, 511, 1024):
         for depth in (0.0, 30.0, 50.0, 100.0):
-            for index in range(4):
-                sample = needle.make_sample(haystack, tokenizer, settings, length, depth, index)
-                assert len(sample.prompt) == length - settings.max_new_tokens
+            for index in range(3):
+                sample = make_sample(haystack, tokenizer, settings, task, length, depth, index)
+                assert len(sample.prompt) == length - settings.answer_tokens(task)
                 assert sample.prompt[0] == end_of_text_id(tokenizer)
                 text = tokenizer.decode(sample.prompt, skip_special_tokens=True)
-                assert text.count(sample.needle) == 1 and text.endswith("\n\n" + sample.question)
-                before, after = text.split(" " + sample.needle)
-                assert not before or re.search(r"(?<!Mr)(?<!Mrs)[.?]\"?$", before)
-                assert not after or after[0].isspace()
-                hay = before + after[: after.rindex("\n\n")]
-                assert abs(len(before) / len(hay) - depth / 100) < 100 / len(hay)  # a sentence
+                assert text.endswith("\n\n" + sample.question)
+                assert len(sample.needles) == (1 if task == "single" else 3)
+                for statement, place in zip(sample.needles, sample.positions, strict=True):
+                    assert text.count(statement) == 1
+                    before = tokenizer.decode(sample.prompt[:place], skip_special_tokens=True)
+                    assert not before or re.search(r"(?<!Mr)(?<!Mrs)[.?]\"?$", before)
+                    assert tokenizer.decode(sample.prompt[place:]).startswith(" " + statement)
+                hay = text[: text.rindex("\n\n")]
+                for statement in sample.needles:
+                    hay = hay.replace(" " + statement, "")
+                first = tokenizer.decode(sample.prompt[: sample.positions[0]])
+                for statement in sample.needles[1:]:
+                    first = first.replace(" " + statement, "")
+                assert abs(len(first) / len(hay) - depth / 100) < 100 / len(hay)  # a sentence
                 assert len(set(sample.candidates)) == settings.candidates
                 assert not any(c in hay.lower() for c in sample.candidates)
+                right = {sample.candidates[i] for i in sample.answers}
+                there = {c for c in sample.candidates if any(c in n for n in sample.needles)}
+                assert right <= there and len(right) == settings.answers(task)
                 starts.add(hay[:60])
-    assert len(starts) > 24  # different places in the text
+    assert len(starts) > 18  # different places in the text
+
+
+def test_tasks_ask_for_what_they_say(tokenizer, haystack, settings):
+    for index in range(6):
+        for task, keys, asked in (
+            ("single", 1, 1), ("multi_key", 3, 1), ("multi_value", 1, 1), ("multi_query", 3, 3),
+        ):  # fmt: skip
+            sample = make_sample(haystack, tokenizer, settings, task, 512, 50.0, index)
+            nouns = [n for n in NOUNS if any(re.search(rf"\b{n}\b", s) for s in sample.needles)]
+            assert len(nouns) == keys
+            assert sum(bool(re.search(rf"\b{n}\b", sample.question)) for n in nouns) == asked
 
 
 def test_the_same_sample_in_whatever_grid(tokenizer, haystack, settings):
     other = dataclasses.replace(settings, lengths=[512], depths=5, samples=2)
-    args = (512, 50.0, 1)
-    assert needle.make_sample(haystack, tokenizer, settings, *args) == needle.make_sample(
+    args = ("multi_key", 512, 50.0, 1)
+    assert make_sample(haystack, tokenizer, settings, *args) == make_sample(
         haystack, tokenizer, other, *args
     )
     reseeded = dataclasses.replace(settings, seed=1)
-    assert needle.make_sample(haystack, tokenizer, reseeded, *args) != needle.make_sample(
+    assert make_sample(haystack, tokenizer, reseeded, *args) != make_sample(
         haystack, tokenizer, settings, *args
     )
 
 
 def test_nothing_that_is_hidden_occurs_in_the_text_already(tokenizer, settings):
     settings = dataclasses.replace(settings, values="words")
-    spoken = needle.WORDS[:60]
+    spoken = NOUNS[:60]
     tokens = np.array(tokenizer.encode(" ".join(spoken).upper() + ". ").ids)
     haystack = Haystack([tokens], tokenizer, longest=2048)
     for index in range(20):
-        sample = needle.make_sample(haystack, tokenizer, settings, 2048, 50.0, index)
+        sample = make_sample(haystack, tokenizer, settings, "single", 2048, 50.0, index)
         assert not set(sample.candidates) & set(spoken)
-    crowded = np.array(tokenizer.encode(" ".join(needle.WORDS) + ". ").ids)
+    crowded = np.array(tokenizer.encode(" ".join(NOUNS) + ". ").ids)
+    haystack = Haystack([crowded], tokenizer, 2048)
     with pytest.raises(ValueError, match="values=numbers"):
-        needle.make_sample(Haystack([crowded], tokenizer, 2048), tokenizer, settings, 2048, 50.0, 0)
+        make_sample(haystack, tokenizer, settings, "single", 2048, 50.0, 0)
 
 
 def test_no_word_hides_in_another():
-    for word in needle.WORDS:
-        assert sum(word in other for other in needle.WORDS) == 1
+    for words in (NOUNS, ADJECTIVES):
+        for word in words:
+            assert sum(word in other for other in words) == 1
 
 
 def test_a_short_text_is_repeated_and_one_without_sentences_is_cut_anywhere(tokenizer):
@@ -180,14 +192,14 @@ def test_a_short_text_is_repeated_and_one_without_sentences_is_cut_anywhere(toke
 
 def test_too_short_a_length_says_what_would_do(tokenizer, haystack, settings):
     with pytest.raises(ValueError, match="64 tokens leave no room .* would be a start"):
-        needle.make_sample(haystack, tokenizer, settings, 64, 50.0, 0)
+        make_sample(haystack, tokenizer, settings, "single", 64, 50.0, 0)
 
 
-def test_non_finite_scores_are_an_error(tokenizer, haystack, settings):
-    lm = Guesser(tokenizer)
-    lm.score = lambda prompt, candidates: [float("nan")] * len(candidates)
+def test_non_finite_scores_are_an_error(tokenizer, haystack, settings, tmp_path):
+    lm = Guesser()
+    lm.score = lambda prompts, candidates: [[float("nan")] * len(those) for those in candidates]
     with pytest.raises(ValueError, match="not finite"):
-        records(lm, tokenizer, haystack, settings)
+        measured(lm, tokenizer, haystack, settings, tmp_path)
 
 
 def test_wilson_interval():
@@ -212,33 +224,36 @@ def checkpoint(tmp_path, tokenizer):
 def test_files_and_resumption(checkpoint, settings, tmp_path, monkeypatch):
     text = tmp_path / "held_out.txt"
     text.write_text(TEXT)
-    settings = dataclasses.replace(settings, lengths=[224], samples=2, haystack=str(text))
+    settings = dataclasses.replace(settings, lengths=[288], samples=2, haystack=str(text))
     first = needle.run_needle(checkpoint, settings, say=lambda line: None)
     folder = tmp_path / "run" / "eval" / "needle"
     stem = folder / "step_00000007"
     assert json.loads(stem.with_suffix(".json").read_text()) == first
-    assert first["step"] == 7 and len(first["cells"]) == 3 and first["chance"] == 0.25
+    assert first["step"] == 7 and len(first["cells"]) == 3 and first["chance"] == {"single": 0.2}
     assert len(stem.with_suffix(".csv").read_text().splitlines()) == 4
     assert min(Image.open(stem.with_suffix(".png")).size) > 200
     assert "length" in needle.table(first)
 
     scored = []
-    original = needle.score_sample
     monkeypatch.setattr(
-        needle, "score_sample", lambda *args: scored.append(args) or original(*args)
+        needle, "make_sample", lambda *args, **key: scored.append(key) or make_sample(*args, **key)
     )
     assert needle.run_needle(checkpoint, settings, say=lambda line: None) == first
     assert not scored
     larger = dataclasses.replace(settings, samples=3)
     extended = needle.run_needle(checkpoint, larger, say=lambda line: None)
     assert len(scored) == 3 and len(extended["samples"]) == 9
+    both = dataclasses.replace(settings, tasks=["single", "multi_query"])
+    extended = needle.run_needle(checkpoint, both, say=lambda line: None)
+    assert len(scored) == 9 and len(extended["samples"]) == 15 and len(extended["cells"]) == 6
+    assert min(Image.open(stem.with_suffix(".png")).size) > 200
     reseeded = dataclasses.replace(settings, seed=1)
     needle.run_needle(checkpoint, reseeded, say=lambda line: None)
-    assert len(scored) == 9
+    assert len(scored) == 15
     weights = checkpoint.model.state_dict() | {"norm.weight": torch.full((32,), 2.0)}
     save_weights(checkpoint.path, weights, MODELS, checkpoint.tokenizer)
     needle.run_needle(load_checkpoint(checkpoint.path), reseeded, say=lambda line: None)
-    assert len(scored) == 15
+    assert len(scored) == 21
 
 
 def test_without_held_out_text_it_says_so(checkpoint, settings):
@@ -256,6 +271,9 @@ def test_without_held_out_text_it_says_so(checkpoint, settings):
         ({"lengths": []}, "lengths=\\[\\]"),
         ({"lengths": ["a"]}, "token counts"),
         ({"candidates": 1}, "candidates=1"),
+        ({"tasks": ["double"]}, "choose among single"),
+        ({"tasks": ["multi_key"], "needles": 5}, "needs 6 to"),
+        ({"needles": 1}, "needles=1"),
     ],
 )
 def test_settings_are_checked(settings, change, message):
@@ -267,7 +285,7 @@ def test_the_script(checkpoint, tmp_path):
     text = tmp_path / "a text, held out.txt"
     text.write_text(TEXT)
     run = tmp_path / "run"
-    arguments = ["lengths=[224]", "depths=1", "samples=1", f"haystack='{text}'"]
+    arguments = ["lengths=[288]", "depths=1", "samples=1", f"haystack='{text}'"]
     script = partial(run_script, "eval/needle.py", *arguments)
     done = script(f"checkpoint={run}")
     assert done.returncode == 0 and "generation" in done.stdout, done.stderr

@@ -41,15 +41,17 @@ class Page(HTMLParser):
 def needle_results():
     samples = [
         {
-            "length": length, "depth": depth, "index": i, "generation": i == 0, "ranking": i < 3,
-            "needle": f"The {EVIL} is 7.", "question": "Which?", "generated": EVIL,
+            "task": "single", "length": length, "depth": depth, "index": i,
+            "generation": i == 0, "ranking": i < 3,
+            "needles": [f"The {EVIL} is 7."], "question": "Which?", "generated": EVIL,
         }
         for length in (512, 1024) for depth in (0.0, 100.0) for i in range(4)
     ]  # fmt: skip
     return {
-        "step": 40, "chance": 0.125, "samples": samples,
+        "step": 40, "chance": {"single": 0.125}, "samples": samples,
         "settings": {"values": "numbers", "candidates": 8, "max_new_tokens": 16},
-        "by_length": summarize(samples, "length"), "cells": summarize(samples, "length", "depth"),
+        "by_length": summarize(samples, "task", "length"),
+        "cells": summarize(samples, "task", "length", "depth"),
     }  # fmt: skip
 
 
