@@ -20,7 +20,7 @@ class Reader:
         return self.answer(self.tokenizer.decode(prompt[-self.sight :]))
 
     def generate(self, prompts, max_new_tokens):
-        answers = [" " + ", ".join(self.read(p)) for p in prompts]
+        answers = [" " + " ".join(self.read(p)) for p in prompts]
         return [self.tokenizer.encode(a).ids[:max_new_tokens] for a in answers]
 
     def score(self, prompts, candidates):
