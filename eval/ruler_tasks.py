@@ -17,7 +17,7 @@ import string
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 from eval.haystack import SENTENCE_END
@@ -42,6 +42,10 @@ class Sources:
 
     essay: list[str]
     qa: dict[str, tuple[list[Question], list[str]]] = field(default_factory=dict)
+
+    @cached_property
+    def plain_words(self) -> list[str]:
+        return sorted({word for word in self.essay if re.fullmatch("[a-z]{3,}", word)})
 
 
 @dataclass(frozen=True)
@@ -163,10 +167,11 @@ def common_words(rng: random.Random, size: int, length: int, sources: Sources) -
 
 
 def _common(rng: random.Random, sources: Sources, size: int, often: int, seldom: int) -> Example:
-    plain = sorted({w for w in sources.essay if re.fullmatch("[a-z]{3,}", w)})
-    missing = max(0, size - len(plain))
+    missing = max(0, size - len(sources.plain_words))
     pairs = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), missing)
-    words = plain + [f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in pairs]
+    words = sources.plain_words + [
+        f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in pairs
+    ]
     words = rng.sample(words, size)
     listed = words[:10] * often + words[10:] * seldom
     rng.shuffle(listed)
