@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,25 +60,12 @@ class Haystack:
     @classmethod
     def held_out(cls, checkpoint: Checkpoint, longest: int) -> Haystack:
         """The validation split of the data that the checkpoint was trained on."""
-        path = checkpoint.config.get("data_path")
-        if not path or not (Path(path) / "validation").is_dir():
-            raise FileNotFoundError(
-                f"The run's held-out text is not at data_path={path}; give a text of your own: "
-                "haystack=file.txt"
-            )
-        shards = TokenShards.open(Path(path) / "validation")
-        documents = (shards.document(i)[1:] for i in range(shards.num_documents))
-        return cls(documents, checkpoint.tokenizer, longest)
+        return cls(held_out_documents(checkpoint), checkpoint.tokenizer, longest)
 
     @classmethod
     def from_file(cls, path: Path, tokenizer: Tokenizer, longest: int) -> Haystack:
         """A text file of the user's own."""
-        if not path.is_file():
-            raise FileNotFoundError(f"haystack={path}: there is no such file.")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(f"haystack={path} is not a UTF-8 text file.") from None
+        text = read_text(path)
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         return cls([np.array(ids)], tokenizer, longest)
 
@@ -92,6 +79,31 @@ class Haystack:
         if len(places) == 1:
             return round(depth * length)
         return int(places[np.abs(places - depth * length).argmin()])
+
+
+def read_text(path: Path) -> str:
+    """Raises FileNotFoundError or ValueError with one sentence."""
+    if not path.is_file():
+        raise FileNotFoundError(f"haystack={path}: there is no such file.")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"haystack={path} is not a UTF-8 text file.") from None
+
+
+def held_out_documents(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
+    """The validation split of the checkpoint's data: tokens of each document, without end-of-text.
+
+    Raises FileNotFoundError with one sentence if the data has moved.
+    """
+    path = checkpoint.config.get("data_path")
+    if not path or not (Path(path) / "validation").is_dir():
+        raise FileNotFoundError(
+            f"The run's held-out text is not at data_path={path}; give a text of your own: "
+            "haystack=file.txt"
+        )
+    shards = TokenShards.open(Path(path) / "validation")
+    return (shards.document(i)[1:] for i in range(shards.num_documents))
 
 
 def _sentence_ends(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

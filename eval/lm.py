@@ -53,7 +53,8 @@ class DecoderLM:
     """Our decoder as a LanguageModel.
 
     Prompts are read in batches, and the last batch's cache stays: every continuation of the same
-    prompts starts again from their ends. At most reserve tokens may follow a prompt.
+    prompts starts again from their ends. The cache has room for `reserve` tokens after a prompt; more
+    make it larger, for which the prompts are read again.
     """
 
     def __init__(self, model: Decoder, stop_tokens: Collection[int], reserve: int = 256):
@@ -63,6 +64,7 @@ class DecoderLM:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        self._make_room(max_new_tokens)
         results: list[list[int]] = []
         for part in batches([len(p) + self.reserve for p in prompts]):
             results += self._continue(prompts[part], max_new_tokens)
@@ -86,6 +88,7 @@ class DecoderLM:
     def score(
         self, prompts: Sequence[list[int]], candidates: Sequence[Sequence[list[int]]]
     ) -> list[list[float]]:
+        self._make_room(max((len(c) for those in candidates for c in those), default=0))
         results: list[list[float]] = []
         for part in batches([len(p) + self.reserve for p in prompts]):
             # Turn by turn, so that every prompt is continued by one candidate at a time.
@@ -128,6 +131,10 @@ class DecoderLM:
             logprobs.append(logits.log_softmax(-1).gather(1, t[:, None])[:, 0])
             greedy.append(logits.argmax(-1) == t)
         return torch.cat(logprobs), torch.cat(greedy)
+
+    def _make_room(self, new: int) -> None:
+        if new > self.reserve:
+            self.reserve, self._prompts = new, []
 
     def _read(self, prompts: Sequence[list[int]]) -> Tensor:
         """Stand at the ends of the prompts; their last hidden states [B, dim]."""
