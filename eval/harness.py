@@ -82,7 +82,7 @@ def run_harness(checkpoint: Checkpoint, settings: HarnessSettings) -> dict:
 def scores(results: dict) -> dict[str, float]:
     """task/metric -> value, without lm_eval's standard errors and names of filters."""
     return {
-        f"{task}/{metric.removesuffix(',none')}": value
+        f"{task}/{metric.removesuffix(',none')}": float(value)
         for task, row in results["results"].items()
         for metric, value in row.items()
         if isinstance(value, int | float) and "stderr" not in metric and "," in metric

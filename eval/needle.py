@@ -26,10 +26,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import hydra
+import yaml
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
-from data.config import command_line, from_config
+from data.config import ROOT, command_line, from_config
 from data.tokenizer import end_of_text_id
 from eval.accuracy import show, summarize
 from eval.entry import open_checkpoint
@@ -182,7 +183,9 @@ def main(config: DictConfig) -> None:
     try:
         checkpoint, config = open_checkpoint(config)
         asked = {key: value for key, value in config.items() if value is not None}
-        settings = from_config(NeedleSettings, checkpoint.config["eval"] | asked, "eval")
+        recipe = yaml.safe_load((ROOT / "conf" / "eval" / "needle.yaml").read_text())
+        recipe |= checkpoint.config.get("eval", {})  # an imported model has none
+        settings = from_config(NeedleSettings, recipe | asked, "eval")
         print(f"needle      {checkpoint.path}")
         results = run_needle(checkpoint, settings)
     except (ValueError, FileNotFoundError) as error:

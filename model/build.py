@@ -21,6 +21,12 @@ def build_decoder(model: Mapping, attention: Mapping, vocab_size: int) -> Decode
     return decoder(vocab_size, layer, **_arguments(model, "model", ("vocab_size", "attention")))
 
 
+def with_defaults(group: Mapping, where: str) -> dict:
+    """A config group with every key that its class reads, defaults included."""
+    parameters = inspect.signature(_target(group, where)).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(group)
+
+
 def _target(group: Mapping, where: str):
     """The class behind _target_; only this package's own, since configs come with checkpoints."""
     path = group.get("_target_", "")

@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluate(lm, folder):
+def evaluate(lm, folder, limit=None):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -77,6 +77,7 @@ def evaluate(lm, folder):
     tasks = TaskManager(include_path=str(folder), include_defaults=False)
     return scores(simple_evaluate(
         model=lm, tasks=["choose", "say", "expect", "read"], task_manager=tasks, bootstrap_iters=0,
+        limit=limit,
     ))  # fmt: skip
 
 
