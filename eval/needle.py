@@ -114,7 +114,7 @@ def run_needle(
     haystack = Haystack.find(checkpoint, settings.haystack, longest)
     if haystack.size < longest:
         say(f"The haystack has {haystack.size:,} tokens and is repeated to fill {longest:,}.")
-    grid = ("tasks", "lengths", "depths", "samples")
+    grid = ("tasks", "lengths", "depths", "samples", "during")
     identity = {k: v for k, v in asdict(settings).items() if k not in grid} | {
         "version": VERSION,
         "weights": weights_digest(checkpoint),

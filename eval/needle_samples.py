@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tokenizers import Tokenizer
@@ -47,6 +47,24 @@ TEMPLATES = (
 
 
 @dataclass(frozen=True)
+class DuringTraining:
+    """A smaller grid, measured every so many tokens; null takes what the whole grid has."""
+
+    every_tokens: int | None
+    lengths: list[int] | None
+    depths: int | None
+    samples: int | None
+
+    def __post_init__(self) -> None:
+        if self.every_tokens is not None and self.every_tokens < 1:
+            raise ValueError(f"eval.during.every_tokens={self.every_tokens}; at least 1, or null.")
+
+    def due(self, before: int, now: int) -> bool:
+        """Whether a multiple of every_tokens was passed between two counts of tokens."""
+        return bool(self.every_tokens) and now // self.every_tokens > before // self.every_tokens
+
+
+@dataclass(frozen=True)
 class NeedleSettings:
     """conf/eval/needle.yaml"""
 
@@ -60,6 +78,7 @@ class NeedleSettings:
     max_new_tokens: int
     seed: int
     haystack: str | None
+    during: DuringTraining
 
     def __post_init__(self) -> None:
         for name in ("depths", "samples", "max_new_tokens"):
@@ -77,6 +96,12 @@ class NeedleSettings:
                 f"candidates={self.candidates}; ranking needs {fewest} to {len(NOUNS) // 2} values "
                 f"for tasks={self.tasks}."
             )
+
+    @property
+    def in_training(self) -> NeedleSettings:
+        """The grid that is measured while training goes on."""
+        smaller = {name: getattr(self.during, name) for name in ("lengths", "depths", "samples")}
+        return replace(self, **{k: v for k, v in smaller.items() if v is not None})
 
     @property
     def depth_percents(self) -> list[float]:

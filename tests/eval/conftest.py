@@ -7,7 +7,7 @@ import pytest
 
 from data.tokenizer import train_tokenizer
 from eval.haystack import Haystack
-from eval.needle_samples import TEMPLATES, NeedleSettings
+from eval.needle_samples import TEMPLATES, DuringTraining, NeedleSettings
 
 PLACES = "Bath Clifton Fullerton Northanger Salisbury Bristol Wells Oxford".split()
 TEXT = " ".join(
@@ -32,6 +32,7 @@ def settings():
     return NeedleSettings(
         tasks=["single"], lengths=[320, 512], depths=3, samples=6, needles=3, values="numbers",
         candidates=5, max_new_tokens=16, seed=0, haystack=None,
+        during=DuringTraining(None, None, None, None),
     )  # fmt: skip
 
 
