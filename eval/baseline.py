@@ -63,7 +63,7 @@ class ContextModel:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """conf/report.yaml"""
+    """conf/baseline.yaml"""
 
     run: str
 
@@ -143,10 +143,10 @@ def _texts(folder: Path, data_path: Path, limit: float = float("inf")) -> Iterat
             return
 
 
-@hydra.main(version_base=None, config_path="../conf", config_name="report")
+@hydra.main(version_base=None, config_path="../conf", config_name="baseline")
 def main(config: DictConfig) -> None:
     try:
-        settings = from_config(RunSettings, config, "report")
+        settings = from_config(RunSettings, config, "baseline")
         result = run_baseline(resolve_path(settings.run))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

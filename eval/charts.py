@@ -27,9 +27,13 @@ class Series(NamedTuple):
     style: str = "line"
 
 
-def line_chart(title: str, series: Sequence[Series], log: bool = False) -> str:
-    """A figure of series over tokens; log makes the vertical axis logarithmic.
+def line_chart(
+    title: str, series: Sequence[Series], log: bool = False, x_name: str = "tokens",
+    powers: bool = False,
+) -> str:  # fmt: skip
+    """A figure of series over tokens, or over x_name.
 
+    log makes the vertical axis logarithmic; powers the horizontal one, with ticks at powers of two.
     Values that can't be drawn (not finite, or not positive on a log axis) are left out and counted
     in the caption. Returns an empty string if nothing remains.
     """
@@ -42,14 +46,16 @@ def line_chart(title: str, series: Sequence[Series], log: bool = False) -> str:
     if not drawn:
         return ""
     xs, ys = zip(*(p for one in drawn for p in one.points), strict=True)
-    x_ticks = ticks(0, max(xs))
-    x_high = max(max(xs), x_ticks[-1])
+    x_ticks = power_ticks(min(xs), max(xs)) if powers else ticks(0, max(xs))
+    x_low, x_high = x_ticks[0], max(max(xs), x_ticks[-1])
+    x_scale = math.log if powers else float
     y_ticks = log_ticks(min(ys), max(ys)) if log else ticks(min(ys), max(ys))
     low, high = min(*ys, y_ticks[0]), max(*ys, y_ticks[-1])
     scale = math.log if log else float
 
     def x(value: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * value / (x_high or 1)
+        share = (x_scale(value) - x_scale(x_low)) / ((x_scale(x_high) - x_scale(x_low)) or 1)
+        return LEFT + (WIDTH - LEFT - RIGHT) * share
 
     def y(value: float) -> float:
         share = (scale(value) - scale(low)) / ((scale(high) - scale(low)) or 1)
@@ -59,10 +65,11 @@ def line_chart(title: str, series: Sequence[Series], log: bool = False) -> str:
     for tick in y_ticks:
         svg.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
         svg.append(f'<text class="end" x="{LEFT - 7}" y="{y(tick) + 4:.1f}">{si(tick)}</text>')
+    label = "{:,}".format if powers else si
     for tick in x_ticks:
-        svg.append(f'<text class="middle" x="{x(tick):.1f}" y="{HEIGHT - 21}">{si(tick)}</text>')
+        svg.append(f'<text class="middle" x="{x(tick):.1f}" y="{HEIGHT - 21}">{label(tick)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    svg.append(f'<text class="middle" x="{middle}" y="{HEIGHT - 3}">tokens</text>')
+    svg.append(f'<text class="middle" x="{middle}" y="{HEIGHT - 3}">{escape(x_name)}</text>')
     for one in drawn:
         if one.style == "rule":
             path = f"M{LEFT} {y(one.points[0][1]):.1f}H{WIDTH - RIGHT}"
@@ -132,12 +139,29 @@ def log_ticks(low: float, high: float) -> list[float]:
     return chosen if len(chosen) > 1 else [below, 10 * below]
 
 
+def power_ticks(low: float, high: float) -> list[int]:
+    """Powers of two from at or below low to at or above high; of many every second, third, …"""
+    first, last = math.floor(math.log2(low) + 1e-9), math.ceil(math.log2(high) - 1e-9)
+    step = -(-(last - first) // 6) or 1
+    return [2**i for i in range(first, max(last, first + 1) + step, step)]
+
+
 def si(value: float) -> str:
     """1500000 -> 1.5M; small numbers as they are."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.4g}{unit}"
     return f"{value:.3g}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the head."""
+    head, *body = (
+        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
+        for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+    )
+    lines = "".join(f"<tr>{row}</tr>" for row in (head, *body))
+    return f'<div class="scroll"><table>{lines}</table></div>'
 
 
 def heat_table(title: str, cells: list[dict], score: str) -> str:

@@ -1,7 +1,10 @@
-"""A run on one page: python eval/report.py run=outputs/quickstart
+"""A run on one page, or several beside each other:
 
-Reads what the run's folder holds and writes report.html into it: one file, no network, no scripts.
-What is not there yet is left out with a sentence.
+    python eval/report.py run=outputs/quickstart
+    python eval/report.py runs=[outputs/quickstart,outputs/full]
+
+Reads what a run's folder holds and writes report.html into it (of several, comparison_path): one
+file, no network, no scripts. What is not there yet is left out with a sentence.
 """
 
 from __future__ import annotations
@@ -25,8 +28,10 @@ from omegaconf import DictConfig
 from safetensors import safe_open
 
 from data.config import command_line, from_config, resolve_path
-from eval.baseline import RunSettings, run_baseline, run_config
+from eval.baseline import run_baseline, run_config
 from eval.charts import Series, heat_table, line_chart, si, smooth
+from eval.charts import table as _table
+from eval.compare import comparison, long_context
 from model.checkpoint import WEIGHTS, find_checkpoint
 
 STYLES = ("line", "second", "third", "fourth")
@@ -42,7 +47,10 @@ class Run:
     config: dict
     training: list[dict]  # lines of metrics.jsonl that have a loss
     validation: list[dict]  # and those that have a validation loss
-    needle: dict | None  # newest results of eval.needle
+    needle: dict | None  # newest results of eval.needle, and of the other evaluations
+    ruler: dict | None
+    position: dict | None
+    recall: dict | None
     baseline: dict | None
     environment: dict
     data: dict
@@ -53,18 +61,28 @@ class Run:
         return str(self.config.get("name") or self.folder.resolve().name)
 
 
+@dataclass(frozen=True)
+class ReportSettings:
+    """conf/report.yaml"""
+
+    run: str
+    runs: list[str] | None
+    comparison_path: str
+
+
 def load_run(folder: str | Path) -> Run:
     """Read a run's folder. Raises FileNotFoundError or ValueError with one sentence."""
     folder = Path(folder)
     metrics = _metrics(folder / "metrics.jsonl")
-    needles = [_json(path) for path in (folder / "eval" / "needle").glob("*.json")]
-    needles = [n for n in needles if "cells" in n]  # the others are still being measured
     return Run(
         folder=folder,
         config=run_config(folder),
         training=[m for m in metrics if "loss" in m],
         validation=[m for m in metrics if "val/loss" in m],
-        needle=max(needles, key=lambda n: n["step"], default=None),
+        needle=_newest(folder / "eval" / "needle"),
+        ruler=_newest(folder / "eval" / "ruler"),
+        position=_newest(folder / "eval" / "position"),
+        recall=_newest(folder / "eval" / "recall"),
         baseline=_baseline(folder),
         environment=_json(folder / "environment.json") or {},
         data=_json(folder / "data_summary.json") or {},
@@ -94,6 +112,12 @@ def _json(path: Path) -> dict | None:
         raise ValueError(f"{path} is not JSON.") from None
 
 
+def _newest(folder: Path) -> dict | None:
+    """Results of the latest step; a file without one is still being measured."""
+    found = [_json(path) for path in folder.glob("*.json")]
+    return max((r for r in found if "step" in r), key=lambda r: r["step"], default=None)
+
+
 def _baseline(folder: Path) -> dict | None:
     """The order-2 model on the run's data, measured now if that has not been done."""
     try:
@@ -118,18 +142,32 @@ def _num_parameters(folder: Path) -> int | None:
 def write_report(folder: str | Path) -> Path:
     """Write <folder>/report.html and return its path. Raises as load_run does."""
     run = load_run(folder)
+    path = run.folder / "report.html"
+    body = (
+        f"{_header(run)}{_cards(run)}{_training(run)}{_attention(run)}{_needle(run)}"
+        f"{long_context([run])}{_data(run)}{_setting(run)}"
+    )
+    path.write_text(_page(run.name, body), encoding="utf-8")
+    return path
+
+
+def write_comparison(folders: list[Path], path: Path) -> Path:
+    """Write a page of several runs beside each other to `path`. Raises as load_run does."""
+    runs = [load_run(folder) for folder in folders]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_page("Comparison", comparison(runs)), encoding="utf-8")
+    return path
+
+
+def _page(title: str, body: str) -> str:
     css = Path(__file__).with_name("report.css").read_text()
-    page = (
+    return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(run.name)}: nsa-lm</title><style>{css}</style>"
-        f"{_header(run)}{_cards(run)}{_training(run)}{_attention(run)}{_needle(run)}{_data(run)}{_setting(run)}"
-        "<footer>Written by <code>python eval/report.py</code> from the files in this folder.</footer>"
+        f"<title>{escape(title)}: nsa-lm</title><style>{css}</style>{body}"
+        "<footer>Written by <code>python eval/report.py</code> from the files of the run.</footer>"
         "</html>\n"
     )
-    path = run.folder / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
 
 
 def _header(run: Run) -> str:
@@ -351,16 +389,6 @@ def _missing(title: str, sentence: str, command: str = "") -> str:
     return f'<h2>{title}</h2><p class="quiet">{escape(sentence)}{code}</p>'
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    """The first row is the head."""
-    head, *body = (
-        "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row)
-        for tag, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
-    )
-    lines = "".join(f"<tr>{row}</tr>" for row in (head, *body))
-    return f'<div class="scroll"><table>{lines}</table></div>'
-
-
 def _facts(facts: dict) -> str:
     rows = "".join(
         f"<tr><td>{escape(re.sub('[._]', ' ', str(key)))}</td><td>{escape(str(value))}</td></tr>"
@@ -388,7 +416,12 @@ def _duration(seconds: float) -> str:
 @hydra.main(version_base=None, config_path="../conf", config_name="report")
 def main(config: DictConfig) -> None:
     try:
-        path = write_report(resolve_path(from_config(RunSettings, config, "report").run))
+        settings = from_config(ReportSettings, config, "report")
+        if settings.runs:
+            folders = [resolve_path(run) for run in settings.runs]
+            path = write_comparison(folders, resolve_path(settings.comparison_path))
+        else:
+            path = write_report(resolve_path(settings.run))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(f"report      {path}")

@@ -1,0 +1,169 @@
+"""Runs beside each other: the sections of the report that take any number of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from eval.charts import Series, heat_table, line_chart, si, smooth, table
+
+if TYPE_CHECKING:
+    from eval.report import Run
+
+Points = list[tuple[float, float]]
+
+
+def comparison(runs: Sequence[Run]) -> str:
+    """The body of a page about several runs."""
+    names = ", ".join(run.name for run in runs)
+    return (
+        f"<header><h1>Comparison</h1><p>{escape(names)}</p></header>"
+        f"{_overview(runs)}{_curves(runs)}{_needles(runs)}{long_context(runs)}"
+    )
+
+
+def _overview(runs: Sequence[Run]) -> str:
+    """A row for each run; a dash where it has no such number."""
+    head = ("run", "attention", "parameters", "tokens", "hours", "bits per byte", "tokens/s", "MFU",
+            "memory (GB)")  # fmt: skip
+    rows = [head]
+    for run in runs:
+        steps = run.training
+        last = steps[-1] if steps else {}
+        bpb = run.validation[-1].get("val/bpb") if run.validation else None
+        speed = _median(run, "tokens_per_s")
+        mfu = _median(run, "mfu")
+        memory = max((m["memory_gb"] for m in steps if "memory_gb" in m), default=None)
+        attention = str(run.config.get("attention", {}).get("_target_", "")).rpartition(".")[2]
+        rows.append((
+            run.name,
+            attention or "–",
+            _show(run.num_parameters, si),
+            _show(last.get("tokens"), "{:,}".format),
+            _show(last.get("time"), lambda seconds: f"{seconds / 3600:.2f}"),
+            _show(bpb, "{:.4f}".format),
+            _show(speed, "{:,.0f}".format),
+            _show(mfu, "{:.1%}".format),
+            _show(memory, "{:.1f}".format),
+        ))  # fmt: skip
+    return f"<h2>Overview</h2><figure>{table(rows)}</figure>"
+
+
+def _median(run: Run, key: str) -> float | None:
+    found = [m[key] for m in run.training if m.get(key) is not None]
+    return statistics.median(found) if found else None
+
+
+def _show(value: float | None, form: Callable[[float], str]) -> str:
+    return "–" if value is None else form(value)
+
+
+def _curves(runs: Sequence[Run]) -> str:
+    def of(x: str, y: str, side: str = "training") -> list[Points]:
+        return [[(m[x], m[y]) for m in getattr(run, side) if m.get(y) is not None] for run in runs]
+
+    smoothed = [smooth(points) for points in of("tokens", "loss")]
+    by_time = [smooth(points) for points in of("time", "loss")]
+    hours = [[(seconds / 3600, loss) for seconds, loss in points] for points in by_time]
+    charts = [
+        _chart("Training loss against tokens", runs, smoothed),
+        _chart("Training loss against time", runs, hours, x_name="hours"),
+        _chart("Bits per byte of held-out text", runs, of("tokens", "val/bpb", "validation")),
+        _chart("Tokens per second", runs, [smooth(p) for p in of("tokens", "tokens_per_s")]),
+        _chart("Memory at its peak (GB)", runs, of("tokens", "memory_gb")),
+    ]
+    return f'<h2>Training</h2><div class="grid two">{"".join(charts)}</div>'
+
+
+def _chart(title: str, runs: Sequence[Run], points: Sequence[Points], **options) -> str:
+    """One line for each run; the ninth has the first one's colour again."""
+    pairs = enumerate(zip(runs, points, strict=True))
+    series = [Series(run.name, own, f"run{i % 8}") for i, (run, own) in pairs]
+    return line_chart(title, series, **options)
+
+
+def _needles(runs: Sequence[Run]) -> str:
+    """For each task and score a heatmap of each run, side by side, and the means by length."""
+    measured = [run for run in runs if run.needle]
+    if not measured:
+        return ""
+    tasks = {task: None for run in measured for task in run.needle["chance"]}
+    parts = []
+    for task in tasks:
+        having = [run for run in measured if task in run.needle["chance"]]
+        for score, what in (("generation", "answer generated"), ("ranking", "answer ranked first")):
+            title = f"{task.replace('_', '-')}: {what}"
+            means = [
+                [(r["length"], r[score]) for r in run.needle["by_length"] if r["task"] == task]
+                for run in having
+            ]
+            grids = ""
+            for run in having:
+                cells = [cell for cell in run.needle["cells"] if cell["task"] == task]
+                chance = f", chance {100 * run.needle['chance'][task]:.3g} %"
+                grids += heat_table(f"{run.name}{chance * (score == 'ranking')}", cells, score)
+            options = {"x_name": "context length in tokens", "powers": True}
+            parts.append(
+                f'<h3>{title}</h3><div class="grid two">{grids}'
+                f"{_chart('Mean over depths', having, means, **options)}</div>"
+            )
+    return f"<h2>Needle in a haystack</h2>{''.join(parts)}"
+
+
+def long_context(runs: Sequence[Run]) -> str:
+    """RULER, loss by position and by context, recall by distance; what no run has is left out."""
+    return _ruler(runs) + _position(runs) + _recall(runs)
+
+
+def _ruler(runs: Sequence[Run]) -> str:
+    """The paper's table: a row for each task, a column for each run and length, in %."""
+    having = [run for run in runs if run.ruler]
+    if not having:
+        return ""
+    at = {
+        (cell["task"], i, cell["length"]): 100 * cell["score"]
+        for i, run in enumerate(having)
+        for cell in run.ruler["cells"]
+    }
+    tasks = dict.fromkeys(task for task, _, _ in at)
+    columns = list(dict.fromkeys((i, length) for _, i, length in at))
+    name = (lambda i: f"{having[i].name}, ") if len(runs) > 1 else (lambda i: "")
+    rows = [("task", *(f"{name(i)}{length:,}" for i, length in columns))]
+    for task in tasks:
+        scores = [at.get((task, *column)) for column in columns]
+        rows.append((task, *(_show(score, "{:.1f}".format) for score in scores)))
+    means = []
+    for column in columns:
+        scores = [at[task, *column] for task in tasks if (task, *column) in at]
+        means.append(f"{statistics.fmean(scores):.1f}")
+    rows.append(("mean", *means))
+    samples = ", ".join(dict.fromkeys(f"{run.ruler['cells'][0]['samples']:,}" for run in having))
+    return (
+        f'<h2>RULER</h2><p class="quiet">Share of the expected strings in the answer, in %; {samples} '
+        f"samples a task and length.</p><figure>{table(rows)}</figure>"
+    )
+
+
+def _position(runs: Sequence[Run]) -> str:
+    having = [run for run in runs if run.position]
+    if not having:
+        return ""
+    curves = []
+    for key, title, x_name in (
+        ("position", "Loss by position (nats per token)", "position in the window, from"),
+        ("context", "Loss of the same tokens by context", "tokens of context"),
+    ):
+        points = [[(r[key], r["loss"]) for r in run.position[f"by_{key}"]] for run in having]
+        curves.append(_chart(title, having, points, x_name=x_name, powers=True))
+    return f'<h2>Loss by position</h2><div class="grid two">{"".join(curves)}</div>'
+
+
+def _recall(runs: Sequence[Run]) -> str:
+    having = [run for run in runs if run.recall]
+    if not having:
+        return ""
+    points = [[(r["distance"], r["accuracy"]) for r in run.recall["by_distance"]] for run in having]
+    chart = _chart("Accuracy", having, points, x_name="distance in tokens, from", powers=True)
+    return f'<h2>Associative recall by distance</h2><div class="grid two">{chart}</div>'
