@@ -6,6 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from eval.position import PositionSettings, run_position
+from eval.recall import RecallSettings, run_recall
+from eval.report import write_report
+from eval.ruler import RulerSettings, run_ruler
+from model.checkpoint import load_checkpoint
+from model.export import export
 from tests.train.ranks import SMALL
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,4 +49,17 @@ def test_raw_text_to_a_scored_checkpoint_and_a_report(tmp_path):
     assert next((run / "eval/needle").glob("*.png")).read_bytes().startswith(b"\x89PNG")
     page = (run / "report.html").read_text()
     assert "order-2" in page and "http://" not in page and "https://" not in page
-    assert list((run / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(list((run / "wandb").glob("offline-run-*/*.wandb"))) == 2  # training, needle
+
+    # What else there is to score a checkpoint with, on its held-out text.
+    checkpoint = load_checkpoint(run)
+    tasks = ["niah_single_2", "fwe"]
+    ruler = run_ruler(checkpoint, RulerSettings([2048], 1, tasks, 0, None, None, None))
+    assert [cell["task"] for cell in ruler["cells"]] == tasks
+    position = run_position(checkpoint, PositionSettings(1024, 2, 64, None))
+    assert position["windows"] == 2 and 0 < position["bits_per_byte"] < 8
+    recall = run_recall(checkpoint, RecallSettings(512, 8, 2, 0))
+    assert sum(row["samples"] for row in recall["by_distance"]) == 16
+    page = write_report(run).read_text()
+    assert "RULER" in page and "Loss by position" in page and "Associative recall" in page
+    assert export(checkpoint, run / "hf") == "NsaLmForCausalLM"
