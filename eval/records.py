@@ -71,5 +71,10 @@ def weights_digest(checkpoint: Checkpoint) -> str:
     path = checkpoint.path / WEIGHTS
     if not path.exists():
         return f"unsaved {time.time_ns()}"
+    return file_digest(path)
+
+
+def file_digest(path: Path) -> str:
+    """16 hex digits over a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -32,7 +32,7 @@ from eval.entry import open_checkpoint
 from eval.haystack import Haystack
 from eval.lm import BATCH_TOKENS, DecoderLM, LanguageModel
 from eval.publish import publish
-from eval.records import Records, run_folder, weights_digest
+from eval.records import Records, file_digest, run_folder, weights_digest
 from eval.ruler_tasks import TASKS, Generator, Sources, read_questions, string_match
 from model.checkpoint import Checkpoint
 
@@ -115,16 +115,18 @@ def run_ruler(
     haystack = Haystack.find(checkpoint, settings.haystack, longest=1)
     essay = tokenizer.decode(haystack.tokens[: haystack.size].tolist()).split()
     files = {
-        task: getattr(settings, f"{task}_path") for task in settings.chosen if task.startswith("qa")
+        task: resolve_path(getattr(settings, f"{task}_path"))
+        for task in settings.chosen
+        if task.startswith("qa")
     }
-    qa = {task: read_questions(resolve_path(path)) for task, path in files.items()}
+    qa = {task: read_questions(path) for task, path in files.items()}
     generator = Generator(token_counter(tokenizer), Sources(essay, qa), settings.seed)
     identity = {
         "version": VERSION,
         "weights": weights_digest(checkpoint),
         "seed": settings.seed,
         "haystack_fingerprint": haystack.fingerprint,
-        "questions": files,
+        "questions": {task: file_digest(path) for task, path in files.items()},
     }
     stem = run_folder(checkpoint) / "eval" / "ruler" / checkpoint.path.name
     on_disk = Records(stem.with_suffix(".json"), KEYS, identity)

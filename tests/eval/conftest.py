@@ -24,7 +24,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def haystack(tokenizer):
     ids = tokenizer.encode(TEXT, add_special_tokens=False).ids
-    return Haystack([np.array(ids)], tokenizer, longest=2048)
+    return Haystack([np.array(ids)], tokenizer, longest=8192)
 
 
 @pytest.fixture

@@ -45,14 +45,19 @@ def test_planted_behaviour(tmp_path):
     assert all(row["accuracy"] == 1 and row["logprob"] == -0.1 for row in rows)
     rows, _ = measured(Guesser(), tmp_path / "b")
     assert all(row["accuracy"] == 0 and row["logprob"] == -7 for row in rows)
-    rows, records = measured(Reader(None, sight=100), tmp_path / "c")
+
+
+@pytest.mark.parametrize(("sight", "length"), [(100, 1024), (4096, 16384)])
+def test_blind_beyond_k_tokens(tmp_path, sight, length):
+    settings = recall.RecallSettings(length=length, pairs=16, samples=12, seed=0)
+    rows, records = measured(Reader(None, sight=sight), tmp_path / "c", settings)
     for row in rows:
         inside = [
-            d < 100 for sample in records.known.values() for d in sample["distances"]
+            d < sight for sample in records.known.values() for d in sample["distances"]
             if row["distance"] <= d < 2 * row["distance"]
         ]  # fmt: skip
         assert row["accuracy"] == pytest.approx(sum(inside) / len(inside), abs=1e-4)
-        assert row["accuracy"] == (row["distance"] < 64) or row["distance"] == 64
+        assert row["accuracy"] == (row["distance"] < sight) or row["distance"] == 64
 
 
 def test_what_can_not_be_says_so(tmp_path):

@@ -61,9 +61,9 @@ def generator(word_tokenizer, questions):
     return Generator(ruler.token_counter(word_tokenizer), Sources(TEXT.split(), qa))
 
 
-def measured(lm, tokenizer, generator, task, tmp_path, samples=4):
+def measured(lm, tokenizer, generator, task, tmp_path, samples=4, length=LENGTH):
     records = Records(tmp_path / "none" / f"{task}.json", ruler.KEYS, {})
-    return ruler.measure(lm, tokenizer, generator, task, LENGTH, samples, records)
+    return ruler.measure(lm, tokenizer, generator, task, length, samples, records)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -80,14 +80,14 @@ def test_a_model_that_reads_gets_everything_and_one_that_does_not_nothing(
 
 
 @pytest.mark.parametrize("task", NEEDLES)
+@pytest.mark.parametrize(("sight", "length"), [(900, LENGTH), (4096, 8192)])
 def test_a_model_blind_beyond_k_tokens_gets_the_needles_within(
-    task, word_tokenizer, generator, tmp_path
+    task, word_tokenizer, generator, tmp_path, sight, length
 ):
-    sight = 900
     lm = Reader(word_tokenizer, solve, sight)
-    records = measured(lm, word_tokenizer, generator, task, tmp_path, samples=6)
+    records = measured(lm, word_tokenizer, generator, task, tmp_path, 8, length)
     for record in records:
-        prompt = generator.example(task, LENGTH, record["index"]).prompt
+        prompt = generator.example(task, length, record["index"]).prompt
         ids = word_tokenizer.encode(prompt).ids
         seen = word_tokenizer.decode(ids[-sight:])
         given = [re.search(rf"for \S+ is: {a}\.", prompt)[0] for a in record["answers"]]
