@@ -40,7 +40,7 @@ def _overview(runs: Sequence[Run]) -> str:
         rows.append((
             run.name,
             attention or "–",
-            _show(run.num_parameters, si),
+            _show(run.num_parameters, lambda n: si(float(f"{n:.3g}"))),
             _show(last.get("tokens"), "{:,}".format),
             _show(last.get("time"), lambda seconds: f"{seconds / 3600:.2f}"),
             _show(bpb, "{:.4f}".format),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-TITLES = {"generation": "Answer generated", "ranking": "Answer ranked first"}
+TITLES = {"generation": "generated", "ranking": "ranked first"}
 
 
 def save_heatmap(results: dict, path: Path) -> None:
@@ -19,11 +19,11 @@ def save_heatmap(results: dict, path: Path) -> None:
     lengths = sorted({cell["length"] for cell in cells})
     depths = sorted({cell["depth"] for cell in cells})
     width, height = 2.2 + 0.75 * len(lengths), 1.9 + 0.42 * len(depths)
-    size = 2 * max(width, 3.6), max(height, 3.4) * len(tasks)
+    size = 2 * max(width, 4.2), max(height, 3.4) * len(tasks)
     figure = Figure(size, layout="constrained")
     rows = figure.subplots(len(tasks), 2, sharey=True, squeeze=False)
     for task, panels in zip(tasks, rows, strict=True):
-        chance = f"  (chance {100 * results['chance'][task]:.3g} %)"
+        chance = f" (chance {100 * results['chance'][task]:.3g} %)"
         for panel, (score, title) in zip(panels, TITLES.items(), strict=True):
             at = {(c["depth"], c["length"]): c[score] for c in cells if c["task"] == task}
             grid = np.array([[at[depth, length] for length in lengths] for depth in depths])
@@ -32,15 +32,16 @@ def save_heatmap(results: dict, path: Path) -> None:
                 colour = "white" if value < 0.5 else "black"
                 text = f"{100 * value:.0f}"
                 panel.text(column, row, text, ha="center", va="center", color=colour)
-            title = f"{task.replace('_', '-')}: {title.lower()}" if len(tasks) > 1 else title
-            panel.set_title(title + chance * (score == "ranking"), fontsize=11)
+            name = task.replace("_", "-")
+            panel.set_title(f"{name}: {title}{chance * (score == 'ranking')}", fontsize=10)
             panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
             panel.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
             panel.set_xlabel("context length (tokens)")
             panel.tick_params(length=0)
             panel.spines[:].set_visible(False)
         panels[0].set_ylabel("depth of the needle (%)")
-    figure.colorbar(image, ax=rows, label="accuracy (%)", pad=0.02).outline.set_visible(False)
+    bar = figure.colorbar(image, ax=rows, label="accuracy (%)", pad=0.02, aspect=30)
+    bar.outline.set_visible(False)
     samples = cells[0]["samples"]
     figure.suptitle(f"Needle in a haystack, step {results['step']:,}, {samples} samples a cell")
     figure.savefig(path, dpi=150)
