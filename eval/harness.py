@@ -39,6 +39,7 @@ class HarnessSettings:
     max_length: int | None
     document_start: bool
     include_path: str | None
+    metadata: dict | None
 
 
 def run_harness(checkpoint: Checkpoint, settings: HarnessSettings) -> dict:
@@ -57,7 +58,7 @@ def run_harness(checkpoint: Checkpoint, settings: HarnessSettings) -> dict:
             "python -m pip install lm_eval"
         ) from None
     include = str(resolve_path(settings.include_path)) if settings.include_path else None
-    manager = TaskManager(include_path=include)
+    manager = TaskManager(include_path=include, metadata=settings.metadata)
     unknown = [task for task in settings.tasks if task not in manager.all_tasks]
     if unknown or not settings.tasks:
         raise ValueError(

@@ -39,15 +39,20 @@ class Records:
         """A record for each of `wanted` (which hold the keys alone), in order.
 
         measure(part) gives what is to be added to each of at most `at_once` that are not known yet.
-        They are on disk ten seconds later at most, or as soon as the next part is done.
+        They are on disk ten seconds later at most, as soon as the part is done, and whatever ends
+        the measurement.
         """
         new = [w for w in wanted if self.key(w) not in self.known]
-        for start in range(0, len(new), at_once):
-            part = new[start : start + at_once]
-            for record, result in zip(part, measure(part), strict=True):
-                self.known[self.key(record)] = record | result
-            if time.perf_counter() - self._written > 10:
-                self.write({})
+        try:
+            for start in range(0, len(new), at_once):
+                part = new[start : start + at_once]
+                for record, result in zip(part, measure(part), strict=True):
+                    self.known[self.key(record)] = record | result
+                if time.perf_counter() - self._written > 10:
+                    self.write({})
+        except BaseException:  # an interrupt too
+            self.write({})
+            raise
         return [self.known[self.key(w)] for w in wanted]
 
     def write(self, results: dict) -> dict:

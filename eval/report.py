@@ -47,6 +47,7 @@ class Run:
     config: dict
     training: list[dict]  # lines of metrics.jsonl that have a loss
     validation: list[dict]  # and those that have a validation loss
+    scored: list[dict]  # and those of needle grids inside training
     needle: dict | None  # newest results of eval.needle, and of the other evaluations
     ruler: dict | None
     position: dict | None
@@ -79,6 +80,7 @@ def load_run(folder: str | Path) -> Run:
         config=run_config(folder),
         training=[m for m in metrics if "loss" in m],
         validation=[m for m in metrics if "val/loss" in m],
+        scored=[m for m in metrics if any(key.startswith("needle/") for key in m)],
         needle=_newest(folder / "eval" / "needle"),
         ruler=_newest(folder / "eval" / "ruler"),
         position=_newest(folder / "eval" / "position"),
@@ -344,6 +346,7 @@ def _needle(run: Run) -> str:
         rows.append(tuple(cells))
     example = max(needle["samples"], key=lambda s: (s["generation"], s["ranking"]))
     hidden = " … ".join(example["needles"])
+    grids += _needle_over_time(run)
     return (
         f'<h2>Needle in a haystack</h2><p class="quiet">{escape(intro)}</p>'
         f'<div class="grid two">{grids}</div><figure>{_table(rows)}</figure>'
@@ -351,6 +354,21 @@ def _needle(run: Run) -> str:
         f"</blockquote><blockquote>{escape(example['question'])}</blockquote><p>The model went on:</p>"
         f"<blockquote>{escape(example['generated'])}</blockquote></details>"
     )
+
+
+def _needle_over_time(run: Run) -> str:
+    """Accuracy of the grids inside training, a line for each task and length."""
+    charts = []
+    for score in ("generation", "ranking"):
+        names = [key for key in (run.scored or [{}])[-1] if key.endswith("/" + score)]
+        series = []
+        for i, name in enumerate(names):
+            _, task, length, _ = name.split("/")
+            points = [(m["tokens"], m[name]) for m in run.scored if name in m]
+            label = f"{task.replace('_', '-')}, {int(length):,}"
+            series.append(Series(label, points, f"run{i % 8}"))
+        charts.append(line_chart(f"During training: {score}", series))
+    return "".join(charts)
 
 
 def _data(run: Run) -> str:

@@ -17,7 +17,7 @@ def checkpoint(tmp_path, tokenizer):
     return load_checkpoint(tmp_path)
 
 
-SETTINGS = HarnessSettings(["chose"], None, None, None, True, None)
+SETTINGS = HarnessSettings(["chose"], None, None, None, True, None, None)
 
 
 def test_without_the_package(checkpoint, monkeypatch):

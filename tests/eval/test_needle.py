@@ -260,6 +260,33 @@ def test_files_and_resumption(checkpoint, settings, tmp_path, monkeypatch):
     assert len(scored) == 21
 
 
+def test_an_interrupted_grid_goes_on_where_it_stopped(
+    tokenizer, haystack, settings, tmp_path, monkeypatch
+):
+    class Stopping(Guesser):
+        def generate(self, prompts, max_new_tokens):
+            self.left -= len(prompts)
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return super().generate(prompts, max_new_tokens)
+
+    def grid(lm):
+        records = Records(tmp_path / "grid.json", needle.KEYS, {"lm": "guesser"})
+        needle.measure(lm, tokenizer, haystack, settings, "single", 320, records)
+
+    lm = Stopping()
+    monkeypatch.setattr(needle, "BATCH_TOKENS", 4 * 320)  # four at once
+    for left, done in ((9, 8), (9, 16), (9, 18)):
+        lm.left = left
+        if done < 18:
+            with pytest.raises(KeyboardInterrupt):
+                grid(lm)
+            assert len(json.loads((tmp_path / "grid.json").read_text())["samples"]) == done
+        else:
+            grid(lm)
+            assert lm.left == 9 - 2
+
+
 def test_without_held_out_text_it_says_so(checkpoint, settings):
     with pytest.raises(FileNotFoundError, match="haystack=file.txt"):
         needle.run_needle(checkpoint, settings)

@@ -73,6 +73,8 @@ def run(tmp_path):
             lines.append(
                 {"step": step, "tokens": step * 1000, "time": 0, "val/loss": 2, "val/bpb": 2.2}
             )
+            scores = {f"needle/multi_key/512/{s}": 0.5 for s in ("generation", "ranking")}
+            lines.append({"step": step, "tokens": step * 1000, "time": 0, **scores})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "environment.json").write_text(json.dumps({"python": "3.11", "commit": EVIL}))
     side = {"documents": 3, "tokens": 5000, "share": {"8192": 1.0}}
@@ -94,9 +96,9 @@ def test_everything_is_on_the_page(run):
     page = Page(html)
     for text in ("2.200", "20% below an order-2 model's 2.750", "Needle ranked first", "25% at 512",
                  "chance is 12.5 %", "40,000 tokens", "median of 40 steps", "Gradient norm",
-                 "not positive: 1", "vocab size", "seq_len: 1024"):  # fmt: skip
+                 "not positive: 1", "vocab size", "seq_len: 1024", "multi-key, 512"):  # fmt: skip
         assert text in page.text, text
-    assert [tag for tag, _ in page.tags].count("svg") == 5
+    assert [tag for tag, _ in page.tags].count("svg") == 7
 
 
 def test_it_is_one_file_without_scripts_or_network(run):
@@ -134,7 +136,7 @@ def test_a_line_still_being_written_is_left_and_a_broken_one_is_named(run):
     metrics.write_text(whole + '{"step": 41, "tok')
     assert "step 40" in Page(write_report(run).read_text()).text
     metrics.write_text(whole + '{"step": 41, "tok\n')
-    with pytest.raises(ValueError, match="line 43, is not JSON"):
+    with pytest.raises(ValueError, match="line 45, is not JSON"):
         write_report(run)
 
 
