@@ -118,6 +118,7 @@ class RunConfig:
     parallel: ParallelConfig
     log: LogConfig
     stages: tuple[LengthStage, ...]
+    needle: NeedleSettings
     raw: dict
 
     @property
@@ -195,6 +196,7 @@ def check_config(raw: dict) -> RunConfig:
         parallel=from_config(ParallelConfig, raw["parallel"], "parallel"),
         log=from_config(LogConfig, raw["log"], "log"),
         stages=_stages(train, raw["model"]["rope_base"]),
+        needle=from_config(NeedleSettings, raw["eval"], "eval"),
         raw=raw,
     )
     run.accumulation(world_size=run.parallel.sequence)
@@ -210,7 +212,6 @@ def check_config(raw: dict) -> RunConfig:
         find_checkpoint(resolve_path(train.init_from))
     data_config(raw["data"])
     from_config(TokenizerConfig, raw["tokenizer"], "tokenizer")
-    from_config(NeedleSettings, raw["eval"], "eval")
     with torch.device("meta"):  # shapes only: a misfit shows before data is prepared
         build_decoder(raw["model"], raw["attention"], vocab_size=256)
     return run

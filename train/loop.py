@@ -20,6 +20,7 @@ from data.prefetch import prefetch
 from data.shards import TokenShards
 from data.stages import Loader, Stage, fingerprint, open_stages
 from data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, vocab_size
+from eval.in_training import needle_in_training
 from model.build import build_decoder
 from model.checkpoint import init_from
 from model.loss import IGNORED
@@ -130,6 +131,18 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
                     f"{scores['val/bpb']:.4f} bits per byte"
                 )
                 state.validated = state.step
+
+        taken = stage is not None  # a step, in this sitting
+        if taken and run.needle.during.due(state.tokens - settings.batch_tokens, state.tokens):
+            lent = engine.weights()
+            if ranks.rank == 0:
+                trained_config = run.as_trained(state.step) | {"data_path": str(data_path)}
+                scores, picture = needle_in_training(
+                    lent, trained_config, tokenizer, run.needle, folder, state.step, device, say
+                )
+                telemetry.record(now | scores)
+                telemetry.image("needle", picture, state.step)
+            dist.barrier()
 
         stopped = stop.agreed()
         due = final or stopped or state.step % settings.checkpoint_every == 0

@@ -141,6 +141,13 @@ class Telemetry:
         self.file.write(json.dumps(metrics) + "\n")
         self._wandb(lambda run: run.log(metrics, step=metrics["step"]))
 
+    def image(self, name: str, path: Path, step: int) -> None:
+        """A picture for W&B; the file is the run's own record of it."""
+        if self.wandb:
+            import wandb
+
+            self._wandb(lambda run: run.log({name: wandb.Image(str(path))}, step=step))
+
     def _wandb(self, action) -> None:
         """action(run) if W&B is on; a view of the run must never stop it."""
         if self.wandb:

@@ -180,3 +180,21 @@ def test_stages_change_lengths_and_positions_and_resume_bit_for_bit(outputs):
     same_weights(weights(outputs / "staged"), weights(outputs / "parts"))
     pretrain(outputs, "name=shared", "parallel.sequence=2", *STAGES, world_size=2)
     same_curve(outputs / "staged", outputs / "shared", rel=1e-5)
+
+
+def test_scoring_on_the_way_disturbs_nothing(outputs):
+    text = pretrain(
+        outputs, "name=scored", "eval.during.every_tokens=2048", "eval.during.lengths=[160]",
+        "eval.during.depths=1", "eval.during.samples=1", "eval.max_new_tokens=12",
+    )  # fmt: skip
+    assert text.count("single, length 160") == 3  # of 6 steps of 1024 tokens, every second
+    scored, score = metrics(outputs / "scored"), "needle/single/160/ranking"
+    needles = [m for m in scored if score in m]
+    assert [m["step"] for m in needles] == [2, 4, 6]
+    assert all(m[score] in (0, 1) for m in needles)
+    assert [m for m in scored if m not in needles] == metrics(outputs / "whole")
+    same_weights(weights(outputs / "whole"), weights(outputs / "scored"))
+    for step in (2, 4, 6):
+        stem = outputs / "scored" / "eval" / "needle" / f"step_{step:08d}"
+        assert json.loads(stem.with_suffix(".json").read_text())["step"] == step
+        assert stem.with_suffix(".png").exists()
