@@ -31,7 +31,7 @@ def line_chart(
     title: str, series: Sequence[Series], log: bool = False, x_name: str = "tokens",
     powers: bool = False,
 ) -> str:  # fmt: skip
-    """A figure of series over tokens, or over x_name.
+    """A figure of series over tokens, or over x_name. Styles may also be run0 to run7.
 
     log makes the vertical axis logarithmic; powers the horizontal one, with ticks at powers of two.
     Values that can't be drawn (not finite, or not positive on a log axis) are left out and counted

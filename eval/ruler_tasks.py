@@ -9,6 +9,7 @@ words are drawn anew for each sample.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -75,9 +76,11 @@ def niah(
     else:
         units = [NOISE] * size
         if haystack == "needles":
-            others = (_draw(rng, keys) for _ in iter(int, 1))
-            names = [next(k for k in others if k not in drawn) for _ in range(size)]
-            units = [NEEDLE.format(kind=values, key=k, value=_draw(rng, values)) for k in names]
+            others = (key for _ in itertools.count() if (key := _draw(rng, keys)) not in drawn)
+            units = [
+                NEEDLE.format(kind=values, key=key, value=_draw(rng, values))
+                for key in itertools.islice(others, size)
+            ]
         for place, needle in zip(
             sorted(rng.sample(range(size), len(needles)), reverse=True), needles, strict=True
         ):
