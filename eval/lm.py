@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.cache import Cache
 from model.decoder import Decoder
-from model.generate import feed
+from model.generate import Step, feed
 
 BATCH_TOKENS = 1 << 17  # read at once, over all sequences of a batch
 LOGITS = 1 << 27  # held at once; 64k tokens times a large vocabulary would be tens of gigabytes
@@ -61,6 +61,7 @@ class DecoderLM:
         self.model, self.stop_tokens, self.reserve = model, frozenset(stop_tokens), reserve
         self.device = model.embedding.weight.device
         self._prompts: list[list[int]] = []
+        self._unused = torch.Generator(self.device)  # nothing is sampled
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -71,17 +72,18 @@ class DecoderLM:
         return results
 
     def _continue(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        last, results = self._read(prompts), [[] for _ in prompts]
-        running = [True] * len(prompts)
-        for _ in range(max_new_tokens):
-            tokens = self.model.logits(last).argmax(-1).tolist()
-            for i, token in enumerate(tokens):
+        tokens, results = self.model.logits(self._read(prompts)).argmax(-1), [[] for _ in prompts]
+        running, step = [True] * len(prompts), None
+        for turn in range(max_new_tokens):
+            if turn:
+                step = step or Step(self.model, self._cache, tokens, 0.0, 1.0, self._unused)
+                tokens = step()
+            for i, token in enumerate(tokens.tolist()):
                 running[i] &= token not in self.stop_tokens
                 if running[i]:
                     results[i].append(token)
             if not any(running):
                 break
-            last = self._feed([[token] for token in tokens])
         return results
 
     @torch.inference_mode()
