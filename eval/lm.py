@@ -67,7 +67,7 @@ class DecoderLM:
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         self._make_room(max_new_tokens)
         results: list[list[int]] = []
-        for part in batches([len(p) + self.reserve for p in prompts]):
+        for part in batches([len(p) for p in prompts]):
             results += self._continue(prompts[part], max_new_tokens)
         return results
 
@@ -92,7 +92,7 @@ class DecoderLM:
     ) -> list[list[float]]:
         self._make_room(max((len(c) for those in candidates for c in those), default=0))
         results: list[list[float]] = []
-        for part in batches([len(p) + self.reserve for p in prompts]):
+        for part in batches([len(p) for p in prompts]):
             # Turn by turn, so that every prompt is continued by one candidate at a time.
             turns = zip(*candidates[part], strict=True)
             scores = [self._score(prompts[part], turn) for turn in turns]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from eval import lm as lm_module
 from eval.lm import DecoderLM, batches
-from model.generate import generate
+from model.generate import feed, generate
 from tests.eval.tiny import decoder
 
 SIZES = {
@@ -60,6 +61,23 @@ def test_a_continuation_beyond_the_reserve_makes_room():
     [score] = lm.score([[1, 2, 3]], [[long + long]])
     [(logprobs, greedy)] = lm.logprobs([[1, 2, 3] + long + long])
     assert score == [pytest.approx(float(logprobs[2:].sum()), abs=1e-3)] and greedy[2:11].all()
+
+
+def test_what_was_read_once_is_not_read_again(monkeypatch):
+    model, read = decoder({"model": SIZES, "attention": ATTENTIONS["full"]}, 50), []
+    monkeypatch.setattr(lm_module, "feed", lambda *args: read.append(args[2]) or feed(*args))
+    lm = DecoderLM(model, (), reserve=8)
+    prompts = [[1] * 20, [2] * 30]
+    lm.score(prompts, [[[3], [4, 5]]] * 2)
+    lm.generate(prompts, 4)
+    assert sum(len(tokens) > 9 for batch in read for tokens in batch) == 2
+
+
+def test_a_batch_of_the_longest_prompts_is_full():
+    """As many as an evaluator hands over at once, so that scoring and generating share them."""
+    for length in (512, 4096, 65536):
+        count = lm_module.BATCH_TOKENS // length
+        assert list(batches([length - 16] * count)) == [slice(0, count)]
 
 
 def test_batches_hold_at_most_their_limit():
