@@ -26,13 +26,11 @@ def needle_in_training(
     they are read where they lie, and copied otherwise. Writes eval/needle/step_<step>.json, .csv and
     .png in the run's folder, as eval/needle.py does.
     """
-    with torch.device("meta"):  # draws no random numbers
-        model = build_decoder(
-            config["model"], config["attention"], len(weights["embedding.weight"])
-        )
+    with torch.random.fork_rng(devices=[]):  # its own first weights, soon replaced, are random
+        model = build_decoder(config["model"], config["attention"], len(weights["embedding.weight"]))
     lent = {name: weight.detach().to(device) for name, weight in weights.items()}
     model.load_state_dict(lent, assign=True)
-    model.eval()
+    model.to(device).eval()
     path = folder / "checkpoints" / f"step_{step:08d}"
     checkpoint = Checkpoint(model, tokenizer, config, step, path)
     results = run_needle(checkpoint, settings.in_training, say=say)
