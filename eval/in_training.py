@@ -27,7 +27,9 @@ def needle_in_training(
     .png in the run's folder, as eval/needle.py does.
     """
     with torch.random.fork_rng(devices=[]):  # its own first weights, soon replaced, are random
-        model = build_decoder(config["model"], config["attention"], len(weights["embedding.weight"]))
+        model = build_decoder(
+            config["model"], config["attention"], len(weights["embedding.weight"])
+        )
     lent = {name: weight.detach().to(device) for name, weight in weights.items()}
     model.load_state_dict(lent, assign=True)
     model.to(device).eval()

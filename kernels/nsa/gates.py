@@ -16,6 +16,7 @@ ROWS = 32  # (token, head) rows of one program
 
 def merge_branches(gates, o_cmp, o_sel, o_win):
     """sum_c g^c * o^c: gates [T, H, 3], branch outputs [T, H, Dv]; fp32 inside."""
+    gates = gates.contiguous()
     out = torch.empty_like(o_cmp)
     rows, dim = out.shape[:2].numel(), out.shape[2]
     if rows:
@@ -33,6 +34,7 @@ def gate_backward(dout, gates, outs, lses):
     lse [T, H]. Returns dgates [T, H, 3], the gated lse [3, T, H] and delta [3, T, H], both fp32.
     A closed gate gives lse = +inf: the branch's probabilities are zero.
     """
+    gates = gates.contiguous()
     dgates = torch.empty_like(gates)
     lse = torch.empty(3, *dout.shape[:2], dtype=torch.float32, device=dout.device)
     delta = torch.empty_like(lse)
