@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -254,6 +256,15 @@ def _device(raw: dict) -> torch.device:
     return torch.device(wanted)
 
 
+def missing_for_cpu_compile() -> str | None:
+    """What torch's code generation for CPUs lacks on this machine, or None."""
+    if not any(map(shutil.which, filter(None, ("g++", "clang++", os.environ.get("CXX"))))):
+        return "a C++ compiler (g++)"
+    if " " in torch.__file__:  # its linker call does not quote the path
+        return f"torch at a path without spaces, not {Path(torch.__file__).parent}"
+    return None
+
+
 def _check_parallel(run: RunConfig) -> None:
     """What does not go together."""
     stage, sequence = run.parallel.zero_stage, run.parallel.sequence
@@ -267,6 +278,8 @@ def _check_parallel(run: RunConfig) -> None:
             "train.compile=true does not go with parallel=zero3, which gathers parameters in hooks "
             "inside the blocks; choose parallel=zero2 or train.compile=false."
         )
+    if run.train.compile and run.device.type == "cpu" and (missing := missing_for_cpu_compile()):
+        raise ValueError(f"train.compile=true on a CPU needs {missing}; leave it false here.")
     if run.train.micro_batch_tokens % sequence:
         raise ValueError(
             f"train.micro_batch_tokens={run.train.micro_batch_tokens} does not divide into "

@@ -2,6 +2,7 @@
 
 import pytest
 
+from train.config import missing_for_cpu_compile
 from tests.train.ranks import Run, config, pretrain
 from tests.train.test_run import metrics
 
@@ -20,6 +21,10 @@ def _counting(raw: dict) -> int:
     return status
 
 
+MISSING = missing_for_cpu_compile()
+
+
+@pytest.mark.skipif(MISSING is not None, reason=f"needs {MISSING}")
 @pytest.mark.parametrize("attention", ["full", "nsa_small"])
 @pytest.mark.parametrize("recompute", ["selective"])
 def test_compiled_blocks_follow_the_loop_without(tmp_path, attention, recompute):
