@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.nsa import reference
+from kernels.nsa.geometry import causal_pairs
 
 
 def full_attention(
@@ -151,3 +153,14 @@ def _backward(ctx, do, _):
 
 
 _window.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.nsa.window)
+def _forward_flops(q, k, v, *rest, out_shape=None, **kwargs) -> int:
+    # As attention_flops counts: one document, the pairs that the definition asks for.
+    return 2 * q[1] * (q[2] + v[2]) * causal_pairs(q[0], rest[-2])
+
+
+@register_flop_formula(torch.ops.nsa.window_backward)
+def _backward_flops(do, q, k, v, *rest, out_shape=None, **kwargs) -> int:
+    return 5 * _forward_flops(q, k, v, *rest) // 2

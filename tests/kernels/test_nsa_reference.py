@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kernels.dense  # noqa: F401, registers nsa::window
 from kernels.nsa import reference
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.ops import nsa_attention
@@ -98,6 +99,12 @@ def test_ties_go_to_the_lower_block():
 def test_impossible_geometry_is_one_sentence(change, message):
     with pytest.raises(ValueError, match=message):
         Geometry(**change)
+
+
+def test_opcheck_of_the_window():
+    q, k, v = (torch.randn(17, heads, 4, requires_grad=True) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, 13, 17], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.nsa.window, (q, k, v, cu_seqlens, 13, 5, 0.5))
 
 
 def test_opcheck_and_flops():

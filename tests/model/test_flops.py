@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
-from kernels.nsa.geometry import causal_pairs
 from model.build import build_decoder
 
 T, WINDOW, VOCAB = 512, 64, 300
@@ -24,14 +23,6 @@ def causal(formula):
     return lambda *shapes, **kwargs: int(formula(*shapes, **kwargs) * (T + 1) / (2 * T))
 
 
-def window(q, k, v, *rest, out_shape=None, **kwargs):
-    return 2 * q[1] * (q[2] + v[2]) * causal_pairs(q[0], WINDOW)
-
-
-def window_backward(do, q, k, v, *rest, out_shape=None, **kwargs):
-    return 5 * window(q, k, v) // 2
-
-
 def of_tensors(formula):
     """torch hands its formulas for attention the shapes of q, k and v, whatever follows."""
     return causal(lambda *args, out_shape=None, **kwargs: formula(*args[:3]))
@@ -46,8 +37,6 @@ COUNTED_BY_US = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_of_tensors(
         sdpa_backward_flop
     ),
-    torch.ops.nsa.window: window,
-    torch.ops.nsa.window_backward: window_backward,
 }
 
 
