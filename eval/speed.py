@@ -21,7 +21,7 @@ def tables(results: dict) -> str:
     lengths = list(dict.fromkeys(row["tokens"] for row in results["whole"]))
     names = list(dict.fromkeys(row["what"] for row in results["whole"]))
     lines = [
-        f"{results['card']}, torch {results['torch']}, Triton {results['triton']}, "
+        f"{results['device']}, torch {results['torch']}, Triton {results['triton']}, "
         f"{results['date']}, commit {results['commit']}: `{results['command']}`. Milliseconds "
         "forward / backward; in brackets how many times faster than cuDNN.",
         "",

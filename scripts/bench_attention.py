@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import json
 import statistics
-import subprocess
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -28,12 +27,13 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data.config import ROOT, command_line, from_config, resolve_path
+from data.config import command_line, from_config, resolve_path
 from eval.speed import SHAPES, save_figure, tables
 from kernels.nsa import ops
 from kernels.nsa.compress import gated_pool
 from kernels.nsa.decode import nsa_decode
 from kernels.nsa.geometry import Geometry, causal_pairs
+from train.telemetry import environment
 
 FULL = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 GEOMETRY = Geometry()
@@ -340,9 +340,14 @@ def ceilings() -> dict[str, float]:
 
 
 def measure(settings: BenchSettings) -> dict:
-    results = environment() | dict(ceilings=ceilings(), whole=[], parts=[], decode=[])
+    results = environment(torch.device("cuda")) | dict(
+        date=time.strftime("%Y-%m-%d"),
+        command="python scripts/bench_attention.py " + " ".join(sys.argv[1:]),
+        geometry=asdict(GEOMETRY),
+        ceilings=ceilings(), whole=[], parts=[], decode=[],
+    )  # fmt: skip
     peak, bandwidth = results["ceilings"]["tflops"], results["ceilings"]["tb_per_s"]
-    print(f"{results['card']}: matmul {peak:.0f} TFLOP/s, copy {bandwidth:.2f} TB/s")
+    print(f"{results['device']}: matmul {peak:.0f} TFLOP/s, copy {bandwidth:.2f} TB/s")
 
     def note(table, timing, operations, **row):
         row |= timing
@@ -396,23 +401,6 @@ def measure(settings: BenchSettings) -> dict:
             note("decode", timing, 0, shape=shape, tokens=tokens, batch=batch, what=name)
         torch.cuda.empty_cache()
     return results
-
-
-def environment() -> dict[str, str]:
-    import triton
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    return dict(
-        card=torch.cuda.get_device_name(),
-        torch=torch.__version__,
-        triton=triton.__version__,
-        date=time.strftime("%Y-%m-%d"),
-        commit=commit.stdout.strip(),
-        command="python scripts/bench_attention.py " + " ".join(sys.argv[1:]),
-        geometry=asdict(GEOMETRY),
-    )
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="bench_attention")

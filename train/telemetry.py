@@ -40,7 +40,11 @@ def environment(device: torch.device) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     hardware = f"{platform.machine()}, {os.cpu_count()} cores"
     if device.type == "cuda":

@@ -5,8 +5,8 @@ the device; the grid is launched at an upper bound instead and the surplus progr
 so that building the list needs no host synchronisation.
 
 All layers of a model, forward and backward, cut the same documents; what is made from a cu_seqlens
-is therefore kept as long as that tensor lives unchanged. At short lengths the launches that this
-saves are half of an attention's time.
+is therefore kept as long as that tensor lives unchanged: these launches were half of all of them,
+which counts at short lengths.
 """
 
 from collections.abc import Callable

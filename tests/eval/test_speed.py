@@ -33,7 +33,7 @@ def test_tables_and_figure(tmp_path):
     part = dict(shape="c", tokens=8192, what="nsa 85 %", part="gate", direction="forward")
     step = dict(shape="c", tokens=8192, batch=1)
     results = dict(
-        card="a card", torch="2", triton="3", date="today", commit="0", command="run", whole=whole,
+        device="a card", torch="2", triton="3", date="today", commit="0", command="run", whole=whole,
         parts=[part | dict(ms=1.0, floor_share=0.5)],
         decode=[step | dict(what="nsa", ms=0.01), step | dict(what="flash", ms=0.05)],
     )  # fmt: skip

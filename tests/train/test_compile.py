@@ -2,9 +2,9 @@
 
 import pytest
 
-from train.config import missing_for_cpu_compile
 from tests.train.ranks import Run, config, pretrain
 from tests.train.test_run import metrics
+from train.config import missing_for_cpu_compile
 
 SHORT = ["model.num_layers=1", "train.max_steps=3", "train.validate_every=100"]
 # Several documents a batch, in varying number.
