@@ -127,7 +127,7 @@ def _union_forward(q, k, v, o, lse, union: Union, key_major, cu_seqlens, shape: 
     if shape.by_hand:
         from kernels.nsa import selected_hopper_query
 
-        if key_major is not None:  # zeros for now
+        if key_major is not None:  # zeros, which the key-major kernels overwrite
             union = union._replace(counts=union.counts * (1 - key_major[:, None]))
         selected_hopper_query.forward(q, k, v, o, lse, union, cu_seqlens, shape.constants, scale)
         return

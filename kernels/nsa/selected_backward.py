@@ -42,7 +42,8 @@ def selected_backward(
         union = shape.unions(indices, cu_seqlens)
         if fused:
             fused = shape.key_major(union)
-            union = union._replace(counts=union.counts * (1 - fused[:, None]))  # zeros for now
+            # Zeros for the fused heads, which the key-major kernel overwrites.
+            union = union._replace(counts=union.counts * (1 - fused[:, None]))
         _query_gradient(do, q, k, v, lse, delta, dq, union, cu_seqlens, shape, scale)
     grads = (do, q, k, v, lse, delta, dq, dk, dv)
     _key_gradients(*grads, lists, indices, cu_seqlens, shape, scale, fused)
