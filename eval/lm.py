@@ -6,6 +6,7 @@ An evaluator takes anything with these methods, so a test can plant any behaviou
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import zip_longest
 from typing import Protocol
 
 import numpy as np
@@ -61,6 +62,7 @@ class DecoderLM:
         self.model, self.stop_tokens, self.reserve = model, frozenset(stop_tokens), reserve
         self.device = model.embedding.weight.device
         self._prompts: list[list[int]] = []
+        self._cache: Cache | None = None
         self._unused = torch.Generator(self.device)  # nothing is sampled
 
     @torch.inference_mode()
@@ -73,11 +75,11 @@ class DecoderLM:
 
     def _continue(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         tokens, results = self.model.logits(self._read(prompts)).argmax(-1), [[] for _ in prompts]
-        running, step = [True] * len(prompts), None
+        running = [True] * len(prompts)
+        self._step.tokens.copy_(tokens)
         for turn in range(max_new_tokens):
             if turn:
-                step = step or Step(self.model, self._cache, tokens, 0.0, 1.0, self._unused)
-                tokens = step()
+                tokens = self._step()
             for i, token in enumerate(tokens.tolist()):
                 running[i] &= token not in self.stop_tokens
                 if running[i]:
@@ -101,13 +103,18 @@ class DecoderLM:
 
     def _score(self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]):
         """One continuation for each prompt -> its log-probability."""
-        last, lengths = self._read(prompts), [len(c) for c in continuations]
-        hidden = self._feed(continuations).split(lengths)
-        # The state before each token: the prompt's last, then the continuation's but its last.
-        before = torch.cat([t for i, h in enumerate(hidden) for t in (last[i : i + 1], h[:-1])])
-        target = torch.tensor([t for c in continuations for t in c], device=self.device)
-        logprobs, _ = self._against(before, target)
-        return [float(part.sum()) for part in logprobs.split(lengths)]
+        logits, total = self.model.logits(self._read(prompts)), 0.0
+        lengths = torch.tensor([len(c) for c in continuations], device=self.device)
+        # A shorter one is fed zeros past its end, which count nothing.
+        targets = torch.tensor([*zip_longest(*continuations, fillvalue=0)], device=self.device)
+        for turn, target in enumerate(targets):
+            if turn:
+                self._step.tokens.copy_(targets[turn - 1])
+                self._step()
+                logits = self._step.logits
+            logprobs = logits.float().log_softmax(-1).gather(1, target[:, None])[:, 0]
+            total += torch.where(turn < lengths, logprobs, 0.0)
+        return total.tolist()
 
     @torch.inference_mode()
     def logprobs(self, sequences: Sequence[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -142,14 +149,21 @@ class DecoderLM:
         """Stand at the ends of the prompts; their last hidden states [B, dim]."""
         if list(prompts) != self._prompts:
             self._prompts = []  # if reading fails, nothing is held
-            self._cache = self._last = None  # the old cache makes room first
-            room = max(map(len, prompts)) + self.reserve
-            self._cache = Cache(len(prompts), len(self.model.blocks), room)
-            self._last = self._feed(prompts)[torch.tensor([len(p) for p in prompts]).cumsum(0) - 1]
+            self._make_cache(len(prompts), max(map(len, prompts)) + self.reserve)
+            hidden = feed(self.model, self._cache, prompts)
+            self._last = hidden[torch.tensor([len(p) for p in prompts]).cumsum(0) - 1]
             self._end, self._prompts = self._cache.mark(), list(prompts)
         self._cache.rewind(self._end)
+        self._step.restart()
         return self._last
 
-    def _feed(self, new: Sequence[list[int]]) -> Tensor:
-        """Hidden states [T, dim], packed, of each sequence's new tokens, appended to the cache."""
-        return feed(self.model, self._cache, new)
+    def _make_cache(self, batch_size: int, room: int) -> None:
+        """Empty, for so many sequences; the one at hand where it fits, with its CUDA graph."""
+        cache = self._cache
+        if cache and len(cache.past) == batch_size and room <= cache.max_length <= 2 * room:
+            cache.reset()
+            return
+        self._cache = self._step = cache = None  # the old one makes room first
+        self._cache = Cache(batch_size, len(self.model.blocks), room)
+        tokens = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        self._step = Step(self.model, self._cache, tokens, 0.0, 1.0, self._unused)

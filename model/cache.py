@@ -86,6 +86,10 @@ class Cache:
         """Count the tokens that all layers have stored."""
         self.past[:] = [p + n for p, n in zip(self.past, new, strict=True)]
 
+    def reset(self) -> None:
+        """Forget all sequences; the buffers stay, and with them a CUDA graph that uses them."""
+        self.past[:] = [0] * len(self.past)
+
     def mark(self) -> list:
         """Where the sequences stand, for rewind."""
         recent = [{k: v.clone() for k, v in layer.recent.items()} for layer in self.layers]

@@ -67,6 +67,10 @@ class Step:
 
     On CUDA the first call runs as it is, which compiles what it needs; the second is captured in a
     CUDA graph, which every later one replays.
+
+    Attributes:
+        tokens: int64 [B], what the next call feeds; set them to force a continuation.
+        logits: [B, vocab] after the last call; valid until the next.
     """
 
     def __init__(
@@ -85,6 +89,10 @@ class Step:
         self.cu_seqlens = torch.arange(len(tokens) + 1, dtype=torch.int32, device=tokens.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = False
+
+    def restart(self) -> None:
+        """Go on from where the cache stands now, after it was rewound or filled anew."""
+        self.positions.copy_(torch.tensor(self.cache.past))
 
     def __call__(self) -> Tensor:
         """The next tokens int64 [B]; valid until the next call."""
@@ -109,7 +117,8 @@ class Step:
     def _run(self) -> None:
         self.cache.positions = self.positions
         hidden = self.model.hidden(self.tokens, self.positions, self.cu_seqlens, 1, self.cache)
-        self.tokens.copy_(_sample(self.model.logits(hidden), *self.sampling, self.generator))
+        self.logits = self.model.logits(hidden)
+        self.tokens.copy_(_sample(self.logits, *self.sampling, self.generator))
         self.positions += 1
 
 

@@ -54,6 +54,26 @@ def test_scores_and_continuations(attention):
         assert logprobs.sum() == pytest.approx(total, abs=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_one_cache_and_its_graph_serve_batch_after_batch(attention):
+    sizes = SIZES | {"head_dim": 64}
+    model = decoder({"model": sizes, "attention": ATTENTIONS[attention]}, 50).cuda()
+    lm = DecoderLM(model, (), reserve=16)
+    draw = torch.Generator().manual_seed(2)
+    for length in (70, 64, 90):
+        prompts = [torch.randint(50, (n,), generator=draw).tolist() for n in (length, length - 9)]
+        candidates = [torch.randint(50, (n,), generator=draw).tolist() for n in (3, 8, 1)]
+        [scores, others] = lm.score(prompts, [candidates] * 2)
+        continued = lm.generate(prompts, 5)
+        for prompt, found, new in zip(prompts, (scores, others), continued, strict=True):
+            for candidate, score in zip(candidates, found, strict=True):
+                [(logprobs, _)] = lm.logprobs([prompt + candidate])
+                assert score == pytest.approx(float(logprobs[len(prompt) - 1 :].sum()), abs=2e-2)
+            [(_, greedy)] = lm.logprobs([prompt + new])
+            assert greedy[len(prompt) - 1 :].all()
+
+
 def test_a_continuation_beyond_the_reserve_makes_room():
     lm = DecoderLM(decoder({"model": SIZES, "attention": ATTENTIONS["full"]}, 50), (), reserve=4)
     [short], [long] = lm.generate([[1, 2, 3]], 4), lm.generate([[1, 2, 3]], 9)
