@@ -41,6 +41,11 @@ def summarize(records: list[dict], *keys: str, scores: Sequence[str] = SCORES) -
     return rows
 
 
+def best_layer(row: dict) -> float:
+    """Of the layers, the highest share of heads that select the true block."""
+    return max(share for key, share in row.items() if key.startswith("selected/layer_"))
+
+
 def show(rows: list[dict], key: str, form: str = "{:,}") -> list[str]:
     """Lines for a terminal: the key, the number of samples, and each score with its interval."""
     lines = []
