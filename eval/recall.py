@@ -121,7 +121,7 @@ def measure(
     samples = records.fill(wanted, max(1, BATCH_TOKENS // settings.length), score)
     pairs = [
         {"distance": 1 << (distance.bit_length() - 1), "accuracy": right, "logprob": logprob}
-        | {f"selected/{name}": shares[i] for name, shares in sample["selected"].items()}
+        | {name: shares[i] for name, shares in sample["selected"].items()}
         for sample in samples
         for i, (distance, right, logprob) in enumerate(
             zip(sample["distances"], sample["right"], sample["logprobs"], strict=True)
@@ -130,9 +130,8 @@ def measure(
     pairs.sort(key=lambda pair: pair["distance"])
     rows = summarize(pairs, "distance", scores=("accuracy",))
     for row in rows:
-        own = [pair for pair in pairs if pair["distance"] == row["distance"]]
-        means = [key for key in own[0] if key == "logprob" or key.startswith("selected/")]
-        row |= {key: round(statistics.fmean(pair[key] for pair in own), 4) for key in means}
+        own = [pair["logprob"] for pair in pairs if pair["distance"] == row["distance"]]
+        row["logprob"] = round(statistics.fmean(own), 4)
     return rows
 
 

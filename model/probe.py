@@ -106,9 +106,9 @@ class BlockRecall(OperatorProbe):
         self.chance = torch.where(forced, 1.0, drawn.clamp(max=1))
 
     def shares(self) -> dict[str, Tensor]:
-        """layer_00, … and chance; empty without NSA."""
-        layers = {f"layer_{i:02d}": share for i, share in enumerate(self.found)}
-        return layers | ({} if self.chance is None else {"chance": self.chance})
+        """selected/layer_00, … and selected/chance; empty without NSA."""
+        layers = {f"selected/layer_{i:02d}": share for i, share in enumerate(self.found)}
+        return layers | ({} if self.chance is None else {"selected/chance": self.chance})
 
 
 def selection_statistics(
