@@ -27,6 +27,7 @@ import queue
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from typing import NamedTuple
@@ -42,6 +43,7 @@ from torch import Tensor
 from data.config import ROOT, command_line, from_config
 from model.build import build_decoder
 from model.decoder import Decoder
+from model.importance import ImportanceTeacher
 from model.probe import BlockRecall
 from train.optimizer import OptimizerConfig, build_optimizer
 from train.telemetry import environment
@@ -87,6 +89,8 @@ class Settings:
     steps: int
     warmup: int
     compile: bool
+    selection_kl: float
+    dense_warmup: float
 
     def __post_init__(self) -> None:
         if not 1 <= self.pairs <= min(KEYS, self.length // 16):
@@ -94,6 +98,8 @@ class Settings:
                 f"--pairs {self.pairs}: sequences of {self.length} tokens take 1 to "
                 f"{min(KEYS, self.length // 16)}."
             )
+        if self.compile and (self.selection_kl or self.dense_warmup):
+            raise ValueError("--selection-kl and --dense-warmup do not work with --compile.")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -210,8 +216,12 @@ def train(run: Run, settings: Settings, device: torch.device, deadline: float) -
         part = Sequences(*(x[here].to(device, non_blocking=True) for x in data))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["lr_scale"] * _schedule(step, settings)
-        chain, asked = losses(packed.logits(model, part.tokens), part)
-        (chain + asked).backward()
+        dense = step < settings.dense_warmup * settings.steps
+        teacher = ImportanceTeacher(dense, learn=settings.selection_kl > 0)
+        with teacher if dense or teacher.learn else nullcontext():
+            logits = packed.logits(model, part.tokens)
+        chain, asked = losses(logits, part)
+        (chain + asked + settings.selection_kl * teacher.loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         model.zero_grad()
@@ -378,6 +388,18 @@ def main() -> None:
     add("--steps", type=int, default=1200, help="of a run")
     add("--warmup", type=int, default=100, help="steps in which the learning rate rises")
     add("--compile", action="store_true", help="torch.compile: half a minute each, then faster")
+    add(
+        "--selection-kl",
+        type=float,
+        default=0.0,
+        help="weight of NSA's lesson (model/importance.py)",
+    )
+    add(
+        "--dense-warmup",
+        type=float,
+        default=0.0,
+        help="share of the steps; NSA selects all in them",
+    )
     add("overrides", nargs="*", help="of conf/, added to every variant and its name")
     options = parser.parse_args()
     chosen = {n: o for n, o in variants().items() if any(fnmatch(n, p) for p in options.only)}

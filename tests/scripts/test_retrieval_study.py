@@ -9,7 +9,9 @@ import torch
 from scripts.retrieval_study import KEYS, STATES, Settings, losses, make_sequences, table, variants
 from tests.eval.conftest import run_script
 
-SETTINGS = Settings(length=256, pairs=8, batch=2, steps=3, warmup=1, compile=False)
+SETTINGS = Settings(
+    length=256, pairs=8, batch=2, steps=3, warmup=1, compile=False, selection_kl=0, dense_warmup=0
+)
 
 
 def test_keys_come_twice_with_their_values_at_all_distances():
@@ -56,6 +58,7 @@ def test_the_command(tmp_path):
     out = tmp_path / "study.jsonl"
     how = ["--out", str(out), "--only", "full conv4", "gated_mean 8/4 G4", "--length", "128"]
     how += ["--pairs", "4", "--batch", "2", "--steps", "3", "--warmup", "1", "--workers", "2"]
+    how += ["--selection-kl", "0.3", "--dense-warmup", "0.5"]
     how += ["model.dim=32", "model.num_layers=1", "model.ffn_dim=32"]
     done = run_script("scripts/retrieval_study.py", *how)
     assert done.returncode == 0, done.stderr
