@@ -71,13 +71,17 @@ class KeyValue(nn.Module):
         self.heads = (config["num_kv_heads"], config["head_dim"])
         self.k_proj = nn.Linear(config["dim"], width, bias=False)
         self.v_proj = nn.Linear(config["dim"], width, bias=False)
-        self.conv = ShortConv(config["kv_conv"], 2 * width) if config["kv_conv"] else nn.Identity()
+        self.k_conv, self.v_conv = (short_conv(config["kv_conv"], width) for _ in "kv")
         self.k_norm = head_norm(config)
 
     def forward(self, x, rope):
-        k, v = self.conv(torch.cat([self.k_proj(x), self.v_proj(x)], -1)).chunk(2, -1)
+        k, v = self.k_conv(self.k_proj(x)), self.v_conv(self.v_proj(x))
         k, v = k.unflatten(-1, self.heads), v.unflatten(-1, self.heads)
         return rotate(self.k_norm(k), rope), v
+
+
+def short_conv(width, channels):
+    return ShortConv(width, channels) if width else nn.Identity()
 
 
 class ShortConv(nn.Module):

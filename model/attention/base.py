@@ -113,7 +113,8 @@ class KeyValue(nn.Module):
         self.heads = (num_kv_heads, head_dim)
         self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
-        self.conv = ShortConv(kv_conv, 2 * num_kv_heads * head_dim) if kv_conv else None
+        convs = (ShortConv(kv_conv, num_kv_heads * head_dim) if kv_conv else None for _ in "kv")
+        self.k_conv, self.v_conv = convs
         self.k_norm = nn.RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
 
     def forward(
@@ -127,8 +128,8 @@ class KeyValue(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [T, dim] -> k, v [T, Hkv, D]; `name` is the branch's in the cache."""
         k, v = self.k_proj(x), self.v_proj(x)
-        if self.conv is not None:
-            both = torch.cat([k, v], -1)
-            k, v = self.conv(both, rope.positions, cu_seqlens, cache, exchange, name).chunk(2, -1)
+        if self.k_conv is not None:
+            where = rope.positions, cu_seqlens, cache, exchange
+            k, v = self.k_conv(k, *where, f"{name}_k"), self.v_conv(v, *where, f"{name}_v")
         k, v = k.unflatten(-1, self.heads), v.unflatten(-1, self.heads)
         return rotate(self.k_norm(k), rope), v

@@ -1,4 +1,4 @@
-"""A short causal convolution over tokens, channel by channel.
+"""A short causal convolution over tokens as a module: its weights, its cache, its neighbours.
 
 On keys and values it lets one token know its neighbours before any attention: what followed a key
 can be found with the key (arXiv 2212.14052, section 3; for sparse attention 2511.11571).
@@ -7,8 +7,10 @@ can be found with the key (arXiv 2212.14052, section 3; for sparse attention 251
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.short_conv import short_conv
 from model.cache import LayerCache
 from model.parallel import HeadExchange
 
@@ -16,7 +18,7 @@ from model.parallel import HeadExchange
 class ShortConv(nn.Module):
     """y_t = sum_j weight_j * x_(t - j), j < width, over tokens of t's document; starts as identity.
 
-    Before a document's first token are zeros. Raises ValueError for a width below 2.
+    Raises ValueError for a width below 2.
     """
 
     def __init__(self, width: int, channels: int):
@@ -42,32 +44,25 @@ class ShortConv(nn.Module):
         """
         reach = len(self.weight) - 1
         if cache is not None:
-            shifted = self._from_cache(x, positions, cu_seqlens, cache, name)
-        else:
-            before = exchange.rows_before(x, reach) if exchange else x.new_zeros(reach, x.shape[1])
-            padded = torch.cat([before, x])
-            shifted = [padded[reach - j : len(padded) - j] for j in range(1, reach + 1)]
-        wide = torch.promote_types(x.dtype, torch.float32)
-        y = self.weight[0].to(wide) * x
-        for j, earlier in enumerate(shifted, 1):
-            inside = (positions >= j)[:, None]
-            y = y + self.weight[j].to(wide) * torch.where(inside, earlier, 0)
-        return y.to(x.dtype)
+            return self._with_cache(x, positions, cu_seqlens, cache, name)
+        if exchange is None:
+            return short_conv(x, self.weight, positions)
+        x = torch.cat([exchange.rows_before(x, reach), x])
+        return short_conv(x, self.weight, F.pad(positions, (reach, 0)))[reach:]
 
-    def _from_cache(self, x, positions, cu_seqlens, cache, name) -> list[Tensor]:
-        """[T, C] for each j = 1, 2, …: the token j before each, new or kept; without a look at the
-        host, so that a step can be captured."""
+    def _with_cache(self, x, positions, cu_seqlens, cache, name) -> Tensor:
+        """Without a look at the host, so that a step can be captured."""
         reach = len(self.weight) - 1
         kept = cache.recent_rows(name, reach, x)  # [B, reach, C], token t in row t % reach
         tokens = torch.arange(len(x), device=x.device)
         sequence = torch.searchsorted(cu_seqlens, tokens.int(), right=True) - 1
         new_before = tokens - cu_seqlens[sequence]
         rows = torch.cat([kept.flatten(0, 1), x])
-        shifted = []
+        wide = torch.promote_types(x.dtype, torch.float32)
+        y = self.weight[0].to(wide) * x
         for j in range(1, reach + 1):
             old = sequence * reach + (positions - j) % reach
-            shifted.append(
-                rows[torch.where(new_before >= j, kept.shape[0] * reach + tokens - j, old)]
-            )
+            earlier = rows[torch.where(new_before >= j, len(rows) - len(x) + tokens - j, old)]
+            y = y + self.weight[j].to(wide) * torch.where((positions >= j)[:, None], earlier, 0)
         cache.append_recent(name, reach, x, cu_seqlens)
-        return shifted
+        return y.to(x.dtype)
