@@ -1,6 +1,6 @@
 """Which attention learns to retrieve? Many small decoders, trained at once on one synthetic task.
 
-    python scripts/retrieval_study.py --only 'full*' 'gated_mean 8/4 G4*' --seeds 0 1 2 --workers 12
+    python scripts/retrieval_study.py --only 'full*' 'gated_mean 8/4 G4*' --seeds 0 1 2 --workers 8
 
 The task is associative recall (MQAR, arXiv 2312.04927) in text that has something to learn by itself:
 a second-order Markov chain in which `pairs` key tokens, each followed by a value token, occur twice,
@@ -192,7 +192,7 @@ def losses(logits: Tensor, part: Sequences) -> tuple[Tensor, Tensor]:
     return chain, (nats.gather(1, part.second) * asked).sum() / asked.sum()
 
 
-def train(run: Run, settings: Settings, device: torch.device, deadline: float) -> dict | None:
+def train(run: Run, settings: Settings, device: torch.device, deadline: float) -> dict:
     """The run's results, at the step that it has reached when time.time() passes the deadline."""
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         overrides = command_line([*SIZES, *run.overrides])
@@ -202,6 +202,7 @@ def train(run: Run, settings: Settings, device: torch.device, deadline: float) -
     model = build_decoder(raw["model"], raw["attention"], STATES + KEYS + VALUES)
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if settings.compile:
+        torch._dynamo.reset()  # blocks of the run before count as recompilations of these
         for block in model.blocks:
             block.compile(fullgraph=True)
     config = from_config(OptimizerConfig, raw["optimizer"], "optimizer")
@@ -378,7 +379,7 @@ def main() -> None:
     add = parser.add_argument
     add("--out", default="outputs/retrieval_study.jsonl", help="results, a line each")
     add("--only", nargs="*", default=["*"], help="variants by name; * and ? match anything")
-    add("--list", action="store_true", help="print the variants' names and stop")
+    add("--list", action="store_true", help="print the names of those variants and stop")
     add("--seeds", type=int, nargs="*", default=[0], help="one run of every variant each")
     add("--workers", type=int, default=1, help="runs at a time")
     add("--seconds", type=float, default=math.inf, help="of all runs together")
@@ -403,8 +404,10 @@ def main() -> None:
     add("overrides", nargs="*", help="of conf/, added to every variant and its name")
     options = parser.parse_args()
     chosen = {n: o for n, o in variants().items() if any(fnmatch(n, p) for p in options.only)}
-    if options.list or not chosen:
-        sys.exit("\n".join(variants()) if options.list else "--only matches no variant; try --list")
+    if options.list:
+        return print("\n".join(chosen))
+    if not chosen:
+        sys.exit("error: --only matches no variant; --list names them")
     try:
         settings = Settings(*(getattr(options, f) for f in Settings.__dataclass_fields__))
     except ValueError as error:
