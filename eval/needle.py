@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import csv
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -100,7 +101,8 @@ def value_places(tokenizer: Tokenizer, sample: Sample) -> list[int]:
     for needle, start in zip(sample.needles, sample.positions, strict=True):
         offsets = tokenizer.encode(" " + needle, add_special_tokens=False).offsets
         for value in (sample.candidates[i] for i in sample.answers):
-            if (at := (" " + needle).find(value)) >= 0:
+            if found := re.search(rf"\b{re.escape(value)}\b", " " + needle):
+                at = found.start()
                 places.append(start + next(i for i, (_, end) in enumerate(offsets) if end > at))
     return places
 
