@@ -24,7 +24,8 @@ def summarize(records: list[dict], *keys: str, scores: Sequence[str] = SCORES) -
     """A row for each combination of keys (such as "length", "depth"), in order of appearance.
 
     A record holds under each score the share of its answers that is right (of one answer: true or
-    false); a row holds the mean, and the interval's ends under <score>_low and <score>_high.
+    false); a row holds the mean, and the interval's ends under <score>_low and <score>_high. What
+    records hold under selected/… (model/probe.py) is averaged.
     """
     groups: dict[tuple, list[dict]] = {}
     for record in records:
@@ -37,8 +38,15 @@ def summarize(records: list[dict], *keys: str, scores: Sequence[str] = SCORES) -
             low, high = wilson(right, len(members))
             row |= {score: round(right / len(members), 4)}
             row |= {f"{score}_low": round(low, 4), f"{score}_high": round(high, 4)}
+        for key in (k for k in members[0] if k.startswith("selected/")):
+            row[key] = round(sum(member[key] for member in members) / len(members), 4)
         rows.append(row)
     return rows
+
+
+def best_layer(row: dict) -> float:
+    """Of the layers, the highest share of heads that select the true block."""
+    return max(share for key, share in row.items() if key.startswith("selected/layer_"))
 
 
 def show(rows: list[dict], key: str, form: str = "{:,}") -> list[str]:

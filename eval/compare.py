@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from eval.accuracy import best_layer
 from eval.charts import Series, heat_table, line_chart, si, smooth, table
 
 if TYPE_CHECKING:
@@ -165,5 +166,13 @@ def _recall(runs: Sequence[Run]) -> str:
     if not having:
         return ""
     points = [[(r["distance"], r["accuracy"]) for r in run.recall["by_distance"]] for run in having]
-    chart = _chart("Accuracy", having, points, x_name="distance in tokens, from", powers=True)
-    return f'<h2>Associative recall by distance</h2><div class="grid two">{chart}</div>'
+    x_name = "distance in tokens, from"
+    charts = _chart("Accuracy", having, points, x_name=x_name, powers=True)
+    sparse = [run for run in having if "selected/chance" in run.recall["by_distance"][0]]
+    if sparse:
+        title = "Heads that select the true block, in the layer with the most"
+        points = [
+            [(r["distance"], best_layer(r)) for r in run.recall["by_distance"]] for run in sparse
+        ]
+        charts += _chart(title, sparse, points, x_name=x_name, powers=True)
+    return f'<h2>Associative recall by distance</h2><div class="grid two">{charts}</div>'

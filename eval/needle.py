@@ -21,18 +21,20 @@ if __name__ == "__main__":
 
 import csv
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import hydra
+import torch
 import yaml
 from omegaconf import DictConfig
 from tokenizers import Tokenizer
 
 from data.config import ROOT, command_line, from_config
 from data.tokenizer import end_of_text_id
-from eval.accuracy import show, summarize
+from eval.accuracy import SCORES, best_layer, show, summarize
 from eval.entry import open_checkpoint
 from eval.haystack import Haystack
 from eval.heatmap import save_heatmap
@@ -41,23 +43,38 @@ from eval.needle_samples import NeedleSettings, Sample, make_sample
 from eval.publish import publish
 from eval.records import Records, run_folder, weights_digest
 from model.checkpoint import Checkpoint
+from model.probe import BlockRecall
 
-VERSION = 2  # raise it when the same settings give other samples or other scores
+VERSION = 3  # raise it when the same settings give other samples or other scores
 KEYS = ("task", "length", "depth", "index")
 
 
 def score_samples(
     lm: LanguageModel, tokenizer: Tokenizer, samples: list[Sample], max_new_tokens: int
 ) -> Iterator[dict]:
-    """Each sample's record: found by generation, ranked by log-probability."""
+    """Each sample's record: found by generation, ranked by log-probability.
+
+    With NSA also, by layer, the share of key/value heads that select the blocks where the values
+    stand for the prompt's last token, and what drawing blocks would give. The prompts are one batch.
+    """
     prompts = [sample.prompt for sample in samples]
     continuations = [
         [tokenizer.encode(" " + c, add_special_tokens=False).ids for c in sample.candidates]
         for sample in samples
     ]
-    scores = lm.score(prompts, continuations)
+    ends = torch.tensor([len(prompt) for prompt in prompts]).cumsum(0)
+    places = [value_places(tokenizer, sample) for sample in samples]
+    pairs = [
+        (end - 1, end - len(prompt) + place)
+        for end, prompt, own in zip(ends.tolist(), prompts, places, strict=True)
+        for place in own
+    ]
+    with BlockRecall(*torch.tensor(pairs).T) as probe:
+        scores = lm.score(prompts, continuations)
+    counts = [len(own) for own in places]
+    selected = {name: share.cpu().split(counts) for name, share in probe.shares().items()}
     generated = lm.generate(prompts, max_new_tokens)
-    for sample, logprobs, tokens in zip(samples, scores, generated, strict=True):
+    for i, (sample, logprobs, tokens) in enumerate(zip(samples, scores, generated, strict=True)):
         if not all(map(math.isfinite, logprobs)):
             raise ValueError(f"The model's log-probabilities are not finite: {logprobs}.")
         text = tokenizer.decode(tokens)
@@ -74,7 +91,20 @@ def score_samples(
             "question": sample.question,
             "positions": sample.positions,
             "prompt_tokens": len(sample.prompt),
+            **{name: round(float(shares[i].mean()), 4) for name, shares in selected.items()},
         }
+
+
+def value_places(tokenizer: Tokenizer, sample: Sample) -> list[int]:
+    """Where in the prompt the values that are asked for begin."""
+    places = []
+    for needle, start in zip(sample.needles, sample.positions, strict=True):
+        offsets = tokenizer.encode(" " + needle, add_special_tokens=False).offsets
+        for value in (sample.candidates[i] for i in sample.answers):
+            if found := re.search(rf"\b{re.escape(value)}\b", " " + needle):
+                at = found.start()
+                places.append(start + next(i for i, (_, end) in enumerate(offsets) if end > at))
+    return places
 
 
 def measure(
@@ -166,16 +196,27 @@ def table(results: dict) -> str:
             "   depth",
             *show(by_depth, "depth", "{:g} %"),
         ]
+        if "selected/chance" in by_length[0]:
+            shares = (
+                f"{row['length']:,}: {best_layer(row):.0%} ({row['selected/chance']:.0%})"
+                for row in by_length
+            )
+            lines.append(
+                f"   value's block selected in the best layer (chance)  {', '.join(shares)}"
+            )
     return "\n".join(lines)
 
 
 def metrics(results: dict) -> dict[str, float]:
-    """Accuracy by task and length under flat names, as curves are kept."""
-    return {
-        f"needle/{row['task']}/{row['length']}/{score}": row[score]
-        for row in results["by_length"]
-        for score in ("generation", "ranking")
-    }
+    """Accuracy by task and length under flat names, as curves are kept; `selected` is the share of
+    heads that select the value's block in the layer where most do."""
+    found = {}
+    for row in results["by_length"]:
+        scores = {score: row[score] for score in SCORES}
+        if "selected/chance" in row:
+            scores["selected"] = best_layer(row)
+        found |= {f"needle/{row['task']}/{row['length']}/{s}": x for s, x in scores.items()}
+    return found
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="needle")

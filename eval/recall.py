@@ -23,18 +23,20 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import hydra
+import torch
 from omegaconf import DictConfig
 
 from data.config import command_line, from_config
 from data.tokenizer import end_of_text_id, vocab_size
-from eval.accuracy import summarize
+from eval.accuracy import best_layer, summarize
 from eval.entry import open_checkpoint
 from eval.lm import BATCH_TOKENS, DecoderLM, LanguageModel
 from eval.publish import publish
 from eval.records import Records, run_folder, weights_digest
 from model.checkpoint import Checkpoint
+from model.probe import BlockRecall
 
-VERSION = 1  # raise it when the same settings give other samples or other scores
+VERSION = 2  # raise it when the same settings give other samples or other scores
 
 
 @dataclass(frozen=True)
@@ -91,26 +93,38 @@ def measure(
     lm: LanguageModel, settings: RecallSettings, vocabulary: int, end: int, records: Records
 ) -> list[dict]:
     """A row for each bucket of distances, [distance, 2 distance): pairs, accuracy with interval,
-    and the value's mean log-probability in nats."""
+    and the value's mean log-probability in nats.
+
+    With NSA also, by layer, the share of key/value heads whose selection holds the block with the
+    value's first occurrence (selected/layer_00, …), and what drawing blocks would give.
+    """
 
     def score(part: list[dict]) -> Iterator[dict]:
         made = [make_sequence(settings, vocabulary, end, key["index"]) for key in part]
-        found = lm.logprobs([sequence for sequence, _ in made])
-        for (_, queries), (logprobs, greedy) in zip(made, found, strict=True):
+        pairs = torch.tensor([
+            (i * settings.length + place, i * settings.length + place - distance + 1)
+            for i, (_, queries) in enumerate(made) for place, distance in queries
+        ])  # fmt: skip
+        with BlockRecall(*pairs.T) as probe:  # of one forward pass: a part is one batch
+            found = lm.logprobs([sequence for sequence, _ in made])
+        for i, ((_, queries), (logprobs, greedy)) in enumerate(zip(made, found, strict=True)):
             places = [place for place, _ in queries]  # log-probability i is of token i + 1
+            own = slice(i * settings.pairs, (i + 1) * settings.pairs)
             yield {
                 "distances": [distance for _, distance in queries],
                 "right": greedy[places].tolist(),
                 "logprobs": [round(float(x), 4) for x in logprobs[places]],
+                "selected": {name: share[own].tolist() for name, share in probe.shares().items()},
             }
 
     wanted = [{"index": index} for index in range(settings.samples)]
     samples = records.fill(wanted, max(1, BATCH_TOKENS // settings.length), score)
     pairs = [
         {"distance": 1 << (distance.bit_length() - 1), "accuracy": right, "logprob": logprob}
+        | {name: shares[i] for name, shares in sample["selected"].items()}
         for sample in samples
-        for distance, right, logprob in zip(
-            sample["distances"], sample["right"], sample["logprobs"], strict=True
+        for i, (distance, right, logprob) in enumerate(
+            zip(sample["distances"], sample["right"], sample["logprobs"], strict=True)
         )
     ]
     pairs.sort(key=lambda pair: pair["distance"])
@@ -138,13 +152,18 @@ def run_recall(checkpoint: Checkpoint, settings: RecallSettings) -> dict:
 
 
 def table(results: dict) -> str:
-    """For a terminal."""
+    """For a terminal. Of the layers, the one whose selection holds the true block most often."""
+    rows = results["by_distance"]
+    sparse = "selected/chance" in rows[0]
     lines = [f"{'distance from':>14}{'pairs':>8}{'accuracy':>10}   {'95 % interval':<16}nats"]
-    lines += [
-        f"{row['distance']:>14,}{row['samples']:>8}{row['accuracy']:>10.0%}   "
-        f"[{row['accuracy_low']:>4.0%} –{row['accuracy_high']:>5.0%}]  {row['logprob']:>7.2f}"
-        for row in results["by_distance"]
-    ]
+    lines[0] += "   block selected (chance)" if sparse else ""
+    for row in rows:
+        lines.append(
+            f"{row['distance']:>14,}{row['samples']:>8}{row['accuracy']:>10.0%}   "
+            f"[{row['accuracy_low']:>4.0%} –{row['accuracy_high']:>5.0%}]  {row['logprob']:>7.2f}"
+        )
+        if sparse:
+            lines[-1] += f"{best_layer(row):>18.0%} ({row['selected/chance']:.0%})"
     return "\n".join(lines)
 
 
@@ -159,7 +178,10 @@ def main(config: DictConfig) -> None:
         sys.exit(f"error: {error}")
     print(table(results))
     rows = results["by_distance"]
-    publish(checkpoint, "recall", {f"recall/{row['distance']}": row["accuracy"] for row in rows})
+    metrics = {f"recall/{row['distance']}": row["accuracy"] for row in rows}
+    if "selected/chance" in rows[0]:
+        metrics |= {f"recall/{row['distance']}/selected": best_layer(row) for row in rows}
+    publish(checkpoint, "recall", metrics)
     print(
         f"files       {run_folder(checkpoint) / 'eval' / 'recall' / checkpoint.path.name}.json, .csv"
     )

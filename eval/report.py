@@ -359,15 +359,18 @@ def _needle(run: Run) -> str:
 def _needle_over_time(run: Run) -> str:
     """Accuracy of the grids inside training, a line for each task and length."""
     charts = []
-    for score in ("generation", "ranking"):
+    for score in ("generation", "ranking", "selected"):
         names = [key for key in (run.scored or [{}])[-1] if key.endswith("/" + score)]
+        if score == "selected" and not names:  # without NSA
+            continue
         series = []
         for i, name in enumerate(names):
             _, task, length, _ = name.split("/")
             points = [(m["tokens"], m[name]) for m in run.scored if name in m]
             label = f"{task.replace('_', '-')}, {int(length):,}"
             series.append(Series(label, points, f"run{i % 8}"))
-        charts.append(line_chart(f"During training: {score}", series))
+        title = "value's block selected, best layer" if score == "selected" else score
+        charts.append(line_chart(f"During training: {title}", series))
     return "".join(charts)
 
 

@@ -40,9 +40,13 @@ class LayerCache:
         self._write(buffer, x, cu_seqlens)
         return buffer
 
+    def recent_rows(self, name: str, rows: int, like: Tensor) -> Tensor:
+        """The buffer that append_recent writes, before the current call's tokens are in it."""
+        return self._allocate(self.recent, name, rows, like)
+
     def append_recent(self, name: str, rows: int, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """As append, but only the last `rows` tokens are kept: token t lies in row t % rows."""
-        buffer = self._allocate(self.recent, name, rows, x)
+        buffer = self.recent_rows(name, rows, x)
         self._write(buffer, x, cu_seqlens)
         return buffer
 

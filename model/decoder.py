@@ -1,8 +1,9 @@
 """The decoder: a pre-norm GPT whose attention is a choice.
 
-RMSNorm, rotary positions (YaRN on request), grouped-query attention with QK-norm and an optional
-output gate, SwiGLU, tied or untied embeddings, optional logit soft-cap and z-loss. Tokens are packed:
-one flat dimension T, documents delimited by cu_seqlens, no attention across them.
+RMSNorm, rotary positions (YaRN on request), grouped-query attention with QK-norm, an optional output
+gate and an optional short convolution on keys and values, SwiGLU, tied or untied embeddings, optional
+logit soft-cap and z-loss. Tokens are packed: one flat dimension T, documents delimited by cu_seqlens,
+no attention across them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import (
 import kernels.dense  # noqa: F401  registers nsa::window
 import kernels.nsa.ops  # noqa: F401  registers nsa::attention
 from model.attention.base import Attention
+from model.attention.short_conv import ShortConv
 from model.cache import Cache, LayerCache
 from model.layers import Rope, Rotary, SwiGLU
 from model.loss import Loss, linear_cross_entropy
@@ -75,9 +77,9 @@ def _keep_attention():
 class Decoder(nn.Module):
     """Token numbers to logits, or to the loss.
 
-    attention(dim=…, num_heads=…, num_kv_heads=…, head_dim=…, qk_norm=…, output_gate=…, norm_eps=…)
-    builds one layer's attention. head_dim defaults to dim // num_heads. Raises ValueError when
-    sizes do not fit together.
+    attention(dim=…, num_heads=…, num_kv_heads=…, head_dim=…, qk_norm=…, output_gate=…, norm_eps=…,
+    kv_conv=…) builds one layer's attention. head_dim defaults to dim // num_heads. Raises ValueError
+    when sizes do not fit together.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Decoder(nn.Module):
         head_dim: int | None = None,
         qk_norm: bool = True,
         output_gate: bool = True,
+        kv_conv: int = 0,
         tie_embeddings: bool = True,
         norm_eps: float = 1e-6,
         rope_base: float = 10000.0,
@@ -113,7 +116,7 @@ class Decoder(nn.Module):
         self.rotary = Rotary(head_dim, rope_base, yarn_factor, yarn_original_length)
         shared = dict(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, qk_norm=qk_norm,
-            output_gate=output_gate, norm_eps=norm_eps,
+            output_gate=output_gate, norm_eps=norm_eps, kv_conv=kv_conv,
         )  # fmt: skip
         self.blocks = nn.ModuleList(
             Block(dim, ffn_dim, attention(dim=dim, **shared), norm_eps) for _ in range(num_layers)
@@ -128,7 +131,7 @@ class Decoder(nn.Module):
 
         Projections that write to the residual stream are smaller by sqrt(2 * layers), so that its
         variance does not grow with depth. Branch gates start at zero (every branch at one half).
-        Norms are 1; compression starts as the plain mean.
+        Norms are 1; compression starts as the plain mean, the convolution as the identity.
         """
         residual = (2 * len(self.blocks)) ** -0.5
         for name, module in self.named_modules():
@@ -217,7 +220,7 @@ class Decoder(nn.Module):
         """
         matrices = 0.0 if self.head is not None else self.embedding.weight.numel()
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, (nn.Linear, ShortConv)):
                 matrices += module.weight.numel() * getattr(module, "rows_per_token", 1)
         attention = sum(block.attention.flops(seq_len) for block in self.blocks)
         return 6.0 * matrices + 3.5 * attention / seq_len

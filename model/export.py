@@ -1,7 +1,7 @@
 """Checkpoints as Hugging Face transformers has them, and back.
 
-A decoder that is one of transformers' own (full or sliding attention, no output gate, no soft-cap,
-no YaRN) becomes a Llama, Qwen3 or Mistral; any other keeps nsa-lm's names and brings
+A decoder that is one of transformers' own (full or sliding attention, no output gate, convolution,
+soft-cap or YaRN) becomes a Llama, Qwen3 or Mistral; any other keeps nsa-lm's names and brings
 model/modeling_nsa_lm.py with it. Only files are written and read: transformers is not needed.
 """
 
@@ -93,7 +93,8 @@ def hf_config(checkpoint: Checkpoint) -> dict:
         "dtype": str(checkpoint.model.embedding.weight.dtype).removeprefix("torch."),
     }
     kind = attention["_target_"].rpartition(".")[2]
-    plain = not model["output_gate"] and not model["logit_softcap"] and model["yarn_factor"] == 1
+    extras = ("output_gate", "kv_conv", "logit_softcap")
+    plain = not any(model[key] for key in extras) and model["yarn_factor"] == 1
     stock = STOCK.get((kind, model["qk_norm"])) if plain else None
     if stock is None:
         names = {"AutoConfig": "NsaLmConfig", "AutoModelForCausalLM": "NsaLmForCausalLM"}

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Rope = tuple[Tensor, Tensor]  # cos and sin, fp32 [T, D / 2]
+
+class Rope(NamedTuple):
+    """Where tokens stand: positions int64 [T], their cos and sin fp32 [T, D / 2]."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
 
 
 class Rotary(nn.Module):
@@ -56,14 +63,14 @@ class Rotary(nn.Module):
         self.frequency_bits.copy_(bits)
 
     def forward(self, positions: Tensor) -> Rope:
-        """positions int64 [T] -> cos and sin, fp32 [T, head_dim / 2]."""
+        """positions int64 [T], from the first token of each document."""
         angles = positions[:, None].float() * self.frequency_bits.view(torch.float32)
-        return angles.cos() * self.magnitude, angles.sin() * self.magnitude
+        return Rope(positions, angles.cos() * self.magnitude, angles.sin() * self.magnitude)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn x [T, heads, D] by its positions; the arithmetic is fp32, the result has x's dtype."""
-    cos, sin = (r[:, None] for r in rope)
+    cos, sin = rope.cos[:, None], rope.sin[:, None]
     a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 

@@ -2,10 +2,11 @@
 
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
-A pre-norm decoder with rotary positions, grouped-query attention, optional QK-norm and output gate,
-SwiGLU; attention is full, sliding, or Native Sparse Attention (arXiv 2502.11089). Plain torch:
-queries are taken a chunk at a time, so memory is linear in the length, time quadratic. There is no
-key/value cache; generate() reads the whole text for each token. Parameters have nsa-lm's own names.
+A pre-norm decoder with rotary positions, grouped-query attention, optional QK-norm, output gate and
+convolution on keys and values, SwiGLU; attention is full, sliding, or Native Sparse Attention (arXiv
+2502.11089). Plain torch: queries are taken a chunk at a time, so memory is linear in the length, time
+quadratic. There is no key/value cache; generate() reads the whole text for each token. Parameters
+have nsa-lm's own names.
 """
 
 import math
@@ -70,11 +71,30 @@ class KeyValue(nn.Module):
         self.heads = (config["num_kv_heads"], config["head_dim"])
         self.k_proj = nn.Linear(config["dim"], width, bias=False)
         self.v_proj = nn.Linear(config["dim"], width, bias=False)
+        self.k_conv, self.v_conv = (short_conv(config["kv_conv"], width) for _ in "kv")
         self.k_norm = head_norm(config)
 
     def forward(self, x, rope):
-        k = self.k_norm(self.k_proj(x).unflatten(-1, self.heads))
-        return rotate(k, rope), self.v_proj(x).unflatten(-1, self.heads)
+        k, v = self.k_conv(self.k_proj(x)), self.v_conv(self.v_proj(x))
+        k, v = k.unflatten(-1, self.heads), v.unflatten(-1, self.heads)
+        return rotate(self.k_norm(k), rope), v
+
+
+def short_conv(width, channels):
+    return ShortConv(width, channels) if width else nn.Identity()
+
+
+class ShortConv(nn.Module):
+    """y_t = sum_j weight_j * x_(t - j), with zeros before the first token."""
+
+    def __init__(self, width, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, channels))
+
+    def forward(self, x):
+        shifted = [F.pad(x, (0, 0, j, 0))[: len(x)] for j in range(len(self.weight))]
+        pairs = zip(self.weight.float(), shifted, strict=True)
+        return sum(weight * part for weight, part in pairs).to(x.dtype)
 
 
 def head_norm(config):

@@ -35,6 +35,21 @@ class HeadExchange:
         parts = received.flatten(0, 1).split([heads * dim for heads, dim in shapes], -1)
         return [part.unflatten(-1, s).contiguous() for part, s in zip(parts, shapes, strict=True)]
 
+    def rows_before(self, x: Tensor, rows: int) -> Tensor:
+        """The `rows` rows [rows, ...] that come before this rank's x [T / P, ...], on the rank before
+        it; on the first, where nothing comes before, the last rank's.
+
+        Raises ValueError if x is shorter than that.
+        """
+        if len(x) < rows:
+            raise ValueError(
+                f"parallel.sequence={self.size} leaves a rank {len(x)} tokens, fewer than the {rows} "
+                "before its own that model.kv_conv reads; take longer sequences."
+            )
+        sent = [torch.zeros_like(x[:rows])] * self.size
+        sent[(self.rank + 1) % self.size] = x[-rows:]
+        return self._exchange(torch.stack(sent))[self.rank - 1]
+
     def to_tokens(self, x: Tensor) -> Tensor:
         """[T, H / P, D] -> [T / P, H, D]"""
         received = self._exchange(x.unflatten(0, (self.size, -1)))  # [P, T / P, H / P, D]

@@ -16,13 +16,12 @@ from kernels.nsa.geometry import Geometry
 BRANCHES = ("compressed", "selected", "window")
 
 
-class NSAProbe(TorchDispatchMode):
-    """Statistics of the forward passes inside `with NSAProbe() as probe`, one entry a layer."""
+class OperatorProbe(TorchDispatchMode):
+    """Calls see() for every nsa::attention inside `with probe:`, one a layer and forward pass."""
 
-    def __init__(self):
-        super().__init__()
-        self.gates: list[Tensor] = []  # [3] each: means over tokens and heads
-        self.selection: list[dict[str, Tensor]] = []
+    def see(self, arguments: dict, indices: Tensor) -> None:
+        """What the operator was given, by name, and the blocks that it selected."""
+        raise NotImplementedError
 
     def __enter__(self):
         self.eager = torch.compiler.set_stance("force_eager")  # a compiled block shows no operators
@@ -36,11 +35,23 @@ class NSAProbe(TorchDispatchMode):
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         results = op(*args, **(kwargs or {}))
         if op is torch.ops.nsa.attention.default:
-            named = dict(zip((a.name for a in op._schema.arguments), args, strict=False))
-            self.gates.append(named["gates"].float().mean((0, 1)))
-            geometry = Geometry(*named["geometry"])
-            self.selection.append(selection_statistics(results[-1], named["cu_seqlens"], geometry))
+            names = (argument.name for argument in op._schema.arguments)
+            self.see(dict(zip(names, args, strict=False)), results[-1])
         return results
+
+
+class NSAProbe(OperatorProbe):
+    """Statistics of the forward passes inside `with NSAProbe() as probe`, one entry a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates: list[Tensor] = []  # [3] each: means over tokens and heads
+        self.selection: list[dict[str, Tensor]] = []
+
+    def see(self, arguments: dict, indices: Tensor) -> None:
+        self.gates.append(arguments["gates"].float().mean((0, 1)))
+        geometry = Geometry(*arguments["geometry"])
+        self.selection.append(selection_statistics(indices, arguments["cu_seqlens"], geometry))
 
     def metrics(self, group: dist.ProcessGroup | None = None) -> dict[str, float | list[float]]:
         """gates/<branch>/layer_<i>; selection/overlap and /forced, by layer and as means; the
@@ -66,6 +77,38 @@ class NSAProbe(TorchDispatchMode):
             counts = torch.stack([layer["distance"] for layer in self.selection]).sum(0)
             metrics["selection/distance"] = (counts / counts.sum().clamp(min=1)).tolist()
         return metrics
+
+
+class BlockRecall(OperatorProbe):
+    """Does the selection hold the block that a query needs?
+
+    Of N pairs (query, needle), int64 [N] each, rows of one forward pass's packed tokens, both of one
+    document: `found`, by layer the share [N] of key/value heads that select the needle's block for
+    the query; and `chance` [N], what that would be if all but the blocks taken always were drawn.
+    """
+
+    def __init__(self, queries: Tensor, needles: Tensor):
+        super().__init__()
+        self.queries, self.needles = queries, needles
+        self.found: list[Tensor] = []
+        self.chance: Tensor | None = None
+
+    def see(self, arguments: dict, indices: Tensor) -> None:
+        geometry, cu_seqlens = Geometry(*arguments["geometry"]), arguments["cu_seqlens"]
+        queries, needles = (rows.to(indices.device) for rows in (self.queries, self.needles))
+        start = cu_seqlens[torch.searchsorted(cu_seqlens, queries.int(), right=True) - 1]
+        own, block = ((rows - start) // geometry.select_block for rows in (queries, needles))
+        chosen = indices[:, queries] == block[:, None]  # [Hkv, N, n]
+        self.found.append(chosen.any(-1).float().mean(0))
+        forced = (block < geometry.num_initial) | (own - block < geometry.num_local)
+        always = geometry.num_initial + geometry.num_local
+        drawn = (geometry.num_selected - always) / (own + 1 - always).clamp(min=1)
+        self.chance = torch.where(forced, 1.0, drawn.clamp(max=1))
+
+    def shares(self) -> dict[str, Tensor]:
+        """selected/layer_00, … and selected/chance; empty without NSA."""
+        layers = {f"selected/layer_{i:02d}": share for i, share in enumerate(self.found)}
+        return layers | ({} if self.chance is None else {"selected/chance": self.chance})
 
 
 def selection_statistics(

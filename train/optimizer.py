@@ -35,7 +35,8 @@ class OptimizerConfig:
 
 def kind_of(name: str, parameter: Tensor) -> str:
     """matrices, head, embeddings, gates (what steers the branches of NSA: branch gates, scores and
-    position encodings of the compression) or norms, by the parameter's name and shape."""
+    position encodings of the compression) or norms (whatever scales single channels, the short
+    convolution too), by the parameter's name and shape."""
     if name == "embedding.weight":
         return "embeddings"
     if name == "head.weight":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from model.attention.short_conv import ShortConv
 from model.cache import LayerCache
 from model.layers import Rope, rotate
 from model.parallel import HeadExchange
@@ -18,7 +19,8 @@ class Attention(nn.Module, ABC):
 
     A design subclasses this and says how queries meet keys and values in `attend`. num_heads query
     heads share num_kv_heads key/value heads (GQA). The optional output gate multiplies each head's
-    output elementwise by a sigmoid of the input (arXiv 2505.06708).
+    output elementwise by a sigmoid of the input (arXiv 2505.06708). kv_conv > 0 convolves keys and
+    values over that many tokens (short_conv.py).
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class Attention(nn.Module, ABC):
         qk_norm: bool,
         output_gate: bool,
         norm_eps: float,
+        kv_conv: int,
     ):
         super().__init__()
         if num_heads % num_kv_heads:
@@ -38,7 +41,7 @@ class Attention(nn.Module, ABC):
                 f"{num_kv_heads}: every key/value head serves an equal group of query heads."
             )
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.qk_norm, self.norm_eps = qk_norm, norm_eps
+        self.qk_norm, self.norm_eps, self.kv_conv = qk_norm, norm_eps, kv_conv
         self.scale = head_dim**-0.5
         self.exchange: HeadExchange | None = None  # set under sequence parallelism
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
@@ -48,7 +51,9 @@ class Attention(nn.Module, ABC):
 
     def key_value(self, dim: int) -> KeyValue:
         """A fresh pair of key and value projections with this layer's heads."""
-        return KeyValue(dim, self.num_kv_heads, self.head_dim, self.qk_norm, self.norm_eps)
+        return KeyValue(
+            dim, self.num_kv_heads, self.head_dim, self.qk_norm, self.norm_eps, self.kv_conv
+        )
 
     def forward(
         self,
@@ -95,15 +100,36 @@ class Attention(nn.Module, ABC):
 
 
 class KeyValue(nn.Module):
-    """Keys (normed, rotated) and values of one branch: x [T, dim] -> k, v [T, Hkv, D]."""
+    """Keys (convolved, normed, rotated) and values (convolved) of one branch.
 
-    def __init__(self, dim: int, num_kv_heads: int, head_dim: int, qk_norm: bool, norm_eps: float):
+    The norm comes after the convolution, so that keys keep the length it gives them.
+    """
+
+    def __init__(
+        self, dim: int, num_kv_heads: int, head_dim: int, qk_norm: bool, norm_eps: float,
+        kv_conv: int,
+    ):  # fmt: skip
         super().__init__()
         self.heads = (num_kv_heads, head_dim)
         self.k_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
+        convs = (ShortConv(kv_conv, num_kv_heads * head_dim) if kv_conv else None for _ in "kv")
+        self.k_conv, self.v_conv = convs
         self.k_norm = nn.RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        k = self.k_norm(self.k_proj(x).unflatten(-1, self.heads))
-        return rotate(k, rope), self.v_proj(x).unflatten(-1, self.heads)
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        cu_seqlens: Tensor,
+        cache: LayerCache | None,
+        exchange: HeadExchange | None,
+        name: str = "kv",
+    ) -> tuple[Tensor, Tensor]:
+        """x [T, dim] -> k, v [T, Hkv, D]; `name` is the branch's in the cache."""
+        k, v = self.k_proj(x), self.v_proj(x)
+        if self.k_conv is not None:
+            where = rope.positions, cu_seqlens, cache, exchange
+            k, v = self.k_conv(k, *where, f"{name}_k"), self.v_conv(v, *where, f"{name}_v")
+        k, v = k.unflatten(-1, self.heads), v.unflatten(-1, self.heads)
+        return rotate(self.k_norm(k), rope), v

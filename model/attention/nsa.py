@@ -109,9 +109,10 @@ class NSAAttention(Attention):
 
     def attend(self, x, q, rope, cu_seqlens, max_seqlen, cache):
         gates = torch.sigmoid(self.branch_gates(x)).unflatten(-1, (self.num_heads, 3))
-        k_raw, v_raw = self.compressed(x, rope)
-        k_sel, v_sel = self.selected(x, rope)
-        k_win, v_win = self.local(x, rope)
+        inputs = x, rope, cu_seqlens, cache, self.exchange
+        k_raw, v_raw = self.compressed(*inputs, "compressed")
+        k_sel, v_sel = self.selected(*inputs, "selected")
+        k_win, v_win = self.local(*inputs, "local")
         if cache is not None:
             compressed = [
                 self._append_blocks(cache, "k_cmp", k_raw, cu_seqlens, self.compress_k),

@@ -17,7 +17,7 @@ class SlidingAttention(Attention):
         self.kv = self.key_value(dim)
 
     def attend(self, x, q, rope, cu_seqlens, max_seqlen, cache):
-        k, v = self.kv(x, rope)
+        k, v = self.kv(x, rope, cu_seqlens, cache, self.exchange)
         if cache is not None:
             ks, vs = (cache.append(name, t, cu_seqlens) for name, t in (("k", k), ("v", v)))
             if cache.positions is not None:

@@ -31,7 +31,11 @@ def runs(run, tmp_path_factory):  # noqa: F811
         f"by_{key}": [{key: 2**i, "tokens": 9, "loss": 4 - i / 9} for i in range(12)]
         for key in ("position", "context")
     }
-    recall = {"by_distance": [{"distance": 2**i, "accuracy": i / 9} for i in range(10)]}
+    by_distance = [
+        {"distance": 2**i, "accuracy": i / 9, "selected/layer_00": i / 9, "selected/chance": 0.1}
+        for i in range(10)
+    ]
+    recall = {"by_distance": by_distance}
     for kind, results in (("ruler", {"cells": cells}), ("position", position), ("recall", recall)):
         (folder / "rich" / "eval" / kind).mkdir()
         path = folder / "rich" / "eval" / kind / "step_00000040.json"
@@ -50,8 +54,8 @@ def test_several_runs(runs):
                  "bare", "–"):  # fmt: skip
         assert text in page.text, text
     assert EVIL not in html and "script" not in {tag for tag, _ in page.tags}
-    # Loss twice, bits per byte, speed; needle means twice; position twice; recall.
-    assert [tag for tag, _ in page.tags].count("svg") == 9
+    # Loss twice, bits per byte, speed; needle means twice; position twice; recall twice.
+    assert [tag for tag, _ in page.tags].count("svg") == 10
     assert 'class="run1"' in html and 'class="run2"' not in html  # the bare run has no curve
 
 

@@ -16,6 +16,7 @@ from data.tokenizer import end_of_text_id
 from eval import needle
 from eval.accuracy import summarize, wilson
 from eval.haystack import Haystack
+from eval.lm import DecoderLM
 from eval.needle_samples import TASKS, make_sample
 from eval.records import Records
 from eval.words import ADJECTIVES, NOUNS
@@ -285,6 +286,31 @@ def test_an_interrupted_grid_goes_on_where_it_stopped(
         else:
             grid(lm)
             assert lm.left == 9 - 2
+
+
+def test_the_recall_of_the_values_blocks_is_told(tokenizer, haystack, settings):
+    attention = {"_target_": "model.attention.nsa.NSAAttention", "select_block": 16, "window": 32,
+                 "compress_block": 16, "compress_stride": 8, "num_selected": 4}  # fmt: skip
+    models = MODELS | {"attention": attention}
+    lm = DecoderLM(decoder(models, tokenizer.get_vocab_size()), set())
+    samples = [
+        make_sample(haystack, tokenizer, settings, "multi_query", 640, depth, 0)
+        for depth in (0.0, 100.0)
+    ]
+    for sample in samples:
+        places = needle.value_places(tokenizer, sample)
+        values = {sample.candidates[i] for i in sample.answers}
+        found = {tokenizer.decode(sample.prompt[place : place + 8]).strip() for place in places}
+        assert len(places) == len(values) == settings.needles
+        assert all(any(text.startswith(value) for text in found) for value in values)
+    records = list(needle.score_samples(lm, tokenizer, samples, 4))
+    for record in records:
+        assert 0 < record["selected/chance"] < 0.2
+        assert all(0 <= record[f"selected/layer_{i:02d}"] <= 1 for i in range(2))
+    records = [r | {"length": 640} for r in records]
+    [row] = summarize(records, "length")
+    mean = sum(r["selected/layer_01"] for r in records) / 2
+    assert row["selected/layer_01"] == pytest.approx(mean, abs=1e-4)
 
 
 def test_without_held_out_text_it_says_so(checkpoint, settings):

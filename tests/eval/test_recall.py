@@ -72,8 +72,9 @@ def test_what_can_not_be_says_so(tmp_path):
 
 def test_the_script(tmp_path, tokenizer):
     folder = tmp_path / "run" / "checkpoints" / "step_00000007"
-    model = decoder(MODELS, tokenizer.get_vocab_size())
-    save_weights(folder, model.state_dict(), MODELS, tokenizer)
+    models = MODELS | {"attention": {"_target_": "model.attention.nsa.NSAAttention"}}
+    model = decoder(models, tokenizer.get_vocab_size())
+    save_weights(folder, model.state_dict(), models, tokenizer)
     done = run_script(
         "eval/recall.py", f"checkpoint={tmp_path / 'run'}", "length=256", "pairs=8", "samples=2"
     )
@@ -82,3 +83,10 @@ def test_the_script(tmp_path, tokenizer):
     results = json.loads(stem.with_suffix(".json").read_text())
     assert sum(row["samples"] for row in results["by_distance"]) == 16
     assert stem.with_suffix(".csv").read_text().startswith("distance,samples,accuracy")
+    assert "block selected (chance)" in done.stdout
+    for row in results["by_distance"]:
+        layers = [row[f"selected/layer_{i:02d}"] for i in range(len(model.blocks))]
+        assert all(0 <= share <= 1 for share in layers)
+        assert row["distance"] > 2 or layers == [1.0] * len(
+            layers
+        )  # the own block or the one before

@@ -23,14 +23,16 @@ ATTENTIONS = {
     "nsa_mlp": NSA | dict(compression="mlp"),
     "nsa_mean": NSA | dict(compression="mean", compress_stride=4),
 }
+CONVOLVED = {f"{name}_conv": ATTENTIONS[name] for name in ("full", "sliding", "nsa")}
 VOCAB = 40
 LENGTHS = [37, 1, 5, 20]
 
 
-@pytest.fixture(params=ATTENTIONS)
+@pytest.fixture(params=ATTENTIONS | CONVOLVED)
 def model(request):
     torch.manual_seed(0)
-    model = build_decoder(MODEL, ATTENTIONS[request.param], VOCAB).double()
+    sizes = MODEL | dict(kv_conv=4 if request.param in CONVOLVED else 0)
+    model = build_decoder(sizes, (ATTENTIONS | CONVOLVED)[request.param], VOCAB).double()
     with torch.no_grad():  # gates and scores start at zero, where a mistake could hide
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -81,6 +83,19 @@ def test_packed_gradients_are_the_sum_of_the_documents(model):
         (model(*pack([document]), targets=document).objective * share).backward()
     for name, parameter in model.named_parameters():
         close(packed[name], parameter.grad)
+
+
+@pytest.mark.parametrize("attention", ["full", "sliding", "nsa"])
+def test_the_convolution_starts_as_nothing(attention):
+    documents, models = make_documents(), []
+    for width in (0, 4):
+        torch.manual_seed(0)
+        models.append(build_decoder(MODEL | dict(kv_conv=width), ATTENTIONS[attention], VOCAB))
+    plain, convolved = models
+    assert torch.equal(convolved(*pack(documents)), plain(*pack(documents)))
+    extra = convolved.num_parameters() - plain.num_parameters()
+    added = convolved.flops_per_token(64) - plain.flops_per_token(64)
+    assert added == pytest.approx(6 * extra) and extra > 0
 
 
 @torch.no_grad()
@@ -151,6 +166,7 @@ def test_activation_checkpointing_changes_nothing_but_what_is_computed_twice(mod
     [
         (dict(num_kv_heads=3), "full", "num_kv_heads=3"),
         (dict(dim=26), "full", "model.dim=26"),
+        (dict(kv_conv=1), "full", "model.kv_conv=1; give it 2"),
         (dict(num_layer=2), "full", r"did you mean model.num_layers\?"),
         ({}, dict(_target_="model.attention.nsa.NSAAttention", windw=3), "attention.windw"),
         ({}, dict(_target_="model.attention.nsa.NSAAttention", compression="x"), "choose one of"),

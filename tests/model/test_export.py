@@ -33,10 +33,11 @@ CASES = {
     "qwen3": (FULL, {"output_gate": False}, "Qwen3ForCausalLM"),
     "mistral": (SLIDING, STOCK, "MistralForCausalLM"),
     "gated": (FULL, {}, "NsaLmForCausalLM"),
+    "convolved": (FULL, {"output_gate": False, "kv_conv": 3}, "NsaLmForCausalLM"),
     "yarn, capped": (SLIDING, {"yarn_factor": 4.0, "yarn_original_length": 64,
                                "logit_softcap": 5.0}, "NsaLmForCausalLM"),
     "nsa": (NSA, {}, "NsaLmForCausalLM"),
-    "nsa, mlp": (NSA | {"compression": "mlp", "num_local": 1}, STOCK, "NsaLmForCausalLM"),
+    "nsa, mlp": (NSA | {"compression": "mlp", "num_local": 1}, {**STOCK, "kv_conv": 4}, "NsaLmForCausalLM"),
     "nsa, mean": (NSA | {"compression": "mean"}, {"tie_embeddings": False}, "NsaLmForCausalLM"),
 }  # fmt: skip
 

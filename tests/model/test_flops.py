@@ -16,6 +16,7 @@ ATTENTIONS = {
     "nsa": dict(_target_="model.attention.nsa.NSAAttention"),
     "nsa_mlp": dict(_target_="model.attention.nsa.NSAAttention", compression="mlp"),
 }
+CONVOLVED = ("full", "nsa_mlp")
 
 
 def causal(formula):
@@ -43,7 +44,8 @@ COUNTED_BY_US = {
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_the_formula_counts_what_torch_counts(attention, tied):
-    model = build_decoder(MODEL | dict(tie_embeddings=tied), ATTENTIONS[attention], VOCAB)
+    sizes = MODEL | dict(tie_embeddings=tied, kv_conv=4 if attention in CONVOLVED else 0)
+    model = build_decoder(sizes, ATTENTIONS[attention], VOCAB)
     tokens = torch.randint(VOCAB, (T,))
     with FlopCounterMode(display=False, custom_mapping=COUNTED_BY_US) as counter:
         inputs = tokens, torch.arange(T), torch.tensor([0, T]).int(), T

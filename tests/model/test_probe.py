@@ -2,7 +2,7 @@ import torch
 
 from kernels.nsa.geometry import Geometry
 from model.build import build_decoder
-from model.probe import NSAProbe, selection_statistics
+from model.probe import BlockRecall, NSAProbe, selection_statistics
 
 GEOMETRY = Geometry(4, 2, 4, 3, 8, 1, 1)
 MODEL = dict(
@@ -53,3 +53,26 @@ def test_without_nsa_there_is_nothing_to_tell():
     with NSAProbe() as probe, torch.no_grad():
         model(torch.arange(8), torch.arange(8), torch.tensor([0, 8]).int(), 8)
     assert probe.metrics() == {}
+
+
+def test_recall_of_the_true_block_against_the_operator_itself():
+    torch.manual_seed(0)
+    attention = dict(
+        _target_="model.attention.nsa.NSAAttention",
+        compress_block=4, compress_stride=2, select_block=4, num_selected=4, window=8,
+    )  # fmt: skip
+    model = build_decoder(MODEL, attention, 30).eval()
+    inputs = torch.randint(30, (100,)), torch.arange(100) % 60, torch.tensor([0, 60, 100]).int(), 60
+    pairs = [(59, 20), (50, 21), (99, 75), (99, 60), (99, 93), (10, 5)]
+    with torch.no_grad(), BlockRecall(*torch.tensor(pairs).T) as probe:
+        seen, see = [], probe.see
+        probe.see = lambda arguments, indices: (seen.append(indices), see(arguments, indices))
+        model(*inputs)
+    assert len(probe.found) == len(seen) == 2
+    for found, indices in zip(probe.found, seen, strict=True):
+        for share, (query, needle) in zip(found.tolist(), pairs, strict=True):
+            block = (needle if query < 60 else needle - 60) // 4
+            assert share == sum(block in indices[h, query] for h in range(2)) / 2
+        assert found[3:].tolist() == [1, 1, 1]  # the first block, the one before, one of three
+    # One block of four is free to choose, among all but the first and the last two.
+    torch.testing.assert_close(probe.chance, torch.tensor([1 / 12, 1 / 10, 1 / 7, 1, 1, 1]))

@@ -6,7 +6,7 @@ from tests.train.ranks import Run, config, pretrain
 from tests.train.test_run import metrics
 from train.config import missing_for_cpu_compile
 
-SHORT = ["model.num_layers=1", "train.max_steps=3", "train.validate_every=100"]
+SHORT = ["model.num_layers=1", "model.kv_conv=4", "train.max_steps=3", "train.validate_every=100"]
 # Several documents a batch, in varying number.
 DOCUMENTS = ["train.seq_len=128", "train.micro_batch_tokens=512"]
 

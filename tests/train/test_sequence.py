@@ -5,7 +5,7 @@ import pytest
 from tests.train.ranks import pretrain, start
 from tests.train.test_run import same_curve, weights
 
-LONG = ["train.seq_len=512", "train.micro_batch_tokens=512"]
+LONG = ["train.seq_len=512", "train.micro_batch_tokens=512", "model.kv_conv=4"]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,442 @@
+"""Which attention learns to retrieve? Many small decoders, trained at once on one synthetic task.
+
+    python scripts/retrieval_study.py --only 'full*' 'gated_mean 8/4 G4*' --seeds 0 1 2 --workers 8
+
+The task is associative recall (MQAR, arXiv 2312.04927) in text that has something to learn by itself:
+a second-order Markov chain in which `pairs` key tokens, each followed by a value token, occur twice,
+at all distances. A variant is a list of overrides of conf/; each of its seeds gives one line of --out
+with settings, losses, accuracy by distance and, with NSA, how often the block of the first occurrence
+is selected. Several processes share one GPU. Runs that --out holds are not run again; after --seconds
+those that go on are measured as far as they came, and the next call starts them anew. At the end
+comes the table of all finished runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
+
+import argparse
+import itertools
+import json
+import math
+import queue
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from data.config import ROOT, command_line, from_config
+from model.build import build_decoder
+from model.decoder import Decoder
+from model.importance import ImportanceTeacher
+from model.probe import BlockRecall
+from train.optimizer import OptimizerConfig, build_optimizer
+from train.telemetry import environment
+
+STATES, KEYS, VALUES = 32, 256, 256  # kinds of tokens, in this order
+SUCCESSORS = (0.55, 0.25, 0.12, 0.08)  # probabilities of the chain's next states
+QUERY_HEADS = 8
+# About four million parameters; heads as the kernels have them.
+SIZES = [
+    "model=tiny", "model.dim=256", "model.num_layers=4", f"model.num_heads={QUERY_HEADS}",
+    "model.num_kv_heads=2", "model.head_dim=64", "model.ffn_dim=512", "optimizer.lr=2e-3",
+    "optimizer.weight_decay=0",
+]  # fmt: skip
+
+
+def variants() -> dict[str, list[str]]:
+    """Overrides by name: the controls with and without the convolution, and for NSA
+    `<phi> <l>/<d> G<query heads per key/value head>`, with and without."""
+    found = {}
+    for conv in (4, 0):
+        end = f" conv{conv}" if conv else ""
+        found[f"full{end}"] = ["attention=full", f"model.kv_conv={conv}"]
+        found[f"sliding{end}"] = [
+            "attention=sliding", "attention.window=128", f"model.kv_conv={conv}",
+        ]  # fmt: skip
+        phis, blocks = ("gated_mean", "mlp", "mean"), ((8, 4), (16, 8), (32, 16))
+        for phi, (length, stride), group in itertools.product(phis, blocks, (1, 2, 4, 8)):
+            found[f"{phi} {length}/{stride} G{group}{end}"] = [
+                "attention=nsa_small", f"attention.compression={phi}",
+                f"attention.compress_block={length}", f"attention.compress_stride={stride}",
+                f"model.num_kv_heads={QUERY_HEADS // group}", f"model.kv_conv={conv}",
+            ]  # fmt: skip
+    return found
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of every run in a study."""
+
+    length: int
+    pairs: int
+    batch: int
+    steps: int
+    warmup: int
+    compile: bool
+    selection_kl: float
+    dense_warmup: float
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.pairs <= min(KEYS, self.length // 16):
+            raise ValueError(
+                f"--pairs {self.pairs}: sequences of {self.length} tokens take 1 to "
+                f"{min(KEYS, self.length // 16)}."
+            )
+        if self.compile and (self.selection_kl or self.dense_warmup):
+            raise ValueError("--selection-kl and --dense-warmup do not work with --compile.")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The task
+
+
+class Sequences(NamedTuple):
+    """tokens int64 [N, T]; first and second int64 [N, pairs], the places of each key; whole bool
+    [N, pairs], False where another pair was written over this one; plain bool [N, T], tokens that
+    the chain alone predicts, from the two before."""
+
+    tokens: Tensor
+    first: Tensor
+    second: Tensor
+    whole: Tensor
+    plain: Tensor
+
+
+def make_sequences(count: int, settings: Settings, rng: np.random.Generator) -> Sequences:
+    """Distances are drawn, half of them log-uniformly, half uniformly, from 2 tokens to the second
+    key's place."""
+    length, shape = settings.length, (count, settings.pairs)
+    tokens = _chain(count, length, rng)
+    keys = STATES + rng.random((count, KEYS)).argsort(1)[:, : settings.pairs]
+    values = STATES + KEYS + rng.integers(VALUES, size=shape)
+    second = rng.integers(2, length - 1, size=shape)
+    share = rng.random(shape)
+    near, far = 2 * (second / 2) ** share, 2 + share * (second - 2)
+    first = second - np.where(rng.random(shape) < 0.5, near, far).astype(np.int64)
+    plain = np.ones_like(tokens, dtype=bool)
+    plain[:, :2] = False
+    rows = np.arange(count)[:, None]
+    for place in (first, second):
+        tokens[rows, place], tokens[rows, place + 1] = keys, values
+    pairs = ((first, keys), (first + 1, values), (second, keys), (second + 1, values))
+    whole = np.all([tokens[rows, place] == written for place, written in pairs], 0)
+    other = tokens >= STATES
+    plain &= ~other
+    plain[:, 1:] &= ~other[:, :-1]
+    plain[:, 2:] &= ~other[:, :-2]
+    return Sequences(*map(torch.from_numpy, (tokens, first, second, whole, plain)))
+
+
+def _chain(count: int, length: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 [count, length] of the second-order chain, which is the same in every study."""
+    successors = np.random.default_rng(0).integers(STATES, size=(STATES, STATES, len(SUCCESSORS)))
+    limits = np.cumsum(SUCCESSORS)[:-1]
+    tokens = np.empty((length, count), np.int64)
+    tokens[:2] = rng.integers(STATES, size=(2, count))
+    for t in range(2, length):
+        choice = np.searchsorted(limits, rng.random(count))
+        tokens[t] = successors[tokens[t - 2], tokens[t - 1], choice]
+    return np.ascontiguousarray(tokens.T)
+
+
+# ---------------------------------------------------------------------------------------------------
+# One run
+
+
+class Run(NamedTuple):
+    name: str
+    overrides: list[str]
+    seed: int
+
+
+class Packed:
+    """Batches of sequences of one length as the decoder takes them."""
+
+    def __init__(self, settings: Settings, device: torch.device):
+        count, length = settings.batch, settings.length
+        self.length = length
+        self.positions = torch.arange(length, device=device).repeat(count)
+        ends = torch.arange(0, count * length + 1, length, dtype=torch.int32)
+        self.cu_seqlens = ends.to(device)
+
+    def logits(self, model: Decoder, tokens: Tensor) -> Tensor:
+        """tokens [batch, T] -> fp32 [batch, T, vocab]"""
+        inputs = tokens.flatten(), self.positions, self.cu_seqlens, self.length
+        return model(*inputs).float().view(*tokens.shape, -1)
+
+
+def losses(logits: Tensor, part: Sequences) -> tuple[Tensor, Tensor]:
+    """Mean nats of the chain's tokens and of the values asked for."""
+    nats = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), part.tokens[:, 1:].flatten(), reduction="none"
+    )
+    nats = nats.view(len(part.tokens), -1)
+    plain, asked = part.plain[:, 1:], part.whole
+    chain = (nats * plain).sum() / plain.sum()
+    return chain, (nats.gather(1, part.second) * asked).sum() / asked.sum()
+
+
+def train(run: Run, settings: Settings, device: torch.device, deadline: float) -> dict:
+    """The run's results, at the step that it has reached when time.time() passes the deadline."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        overrides = command_line([*SIZES, *run.overrides])
+        raw = OmegaConf.to_container(compose("config", overrides), resolve=True)
+    began = time.time()
+    torch.manual_seed(run.seed)
+    model = build_decoder(raw["model"], raw["attention"], STATES + KEYS + VALUES)
+    model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if settings.compile:
+        torch._dynamo.reset()  # blocks of the run before count as recompilations of these
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+    config = from_config(OptimizerConfig, raw["optimizer"], "optimizer")
+    optimizer = build_optimizer(model, config, 0, fused=device.type == "cuda")
+    rng = np.random.default_rng(run.seed + 1)
+    held_out = make_sequences(8 * settings.batch, settings, np.random.default_rng(0))
+    packed, curve = Packed(settings, device), []
+    for step in range(settings.steps):
+        if step % 64 == 0:
+            data = make_sequences(64 * settings.batch, settings, rng)
+        here = slice(step % 64 * settings.batch, (step % 64 + 1) * settings.batch)
+        part = Sequences(*(x[here].to(device, non_blocking=True) for x in data))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * group["lr_scale"] * _schedule(step, settings)
+        dense = step < settings.dense_warmup * settings.steps
+        teacher = ImportanceTeacher(dense, learn=settings.selection_kl > 0)
+        with teacher if dense or teacher.learn else nullcontext():
+            logits = packed.logits(model, part.tokens)
+        chain, asked = losses(logits, part)
+        (chain + asked + settings.selection_kl * teacher.loss).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.zero_grad()
+        end = step + 1 == settings.steps or time.time() > deadline
+        if end or (step + 1) % max(settings.steps // 6, 1) == 0:
+            found = evaluate(model, packed, held_out, settings, device)
+            curve.append({"step": step + 1, "accuracy": found["accuracy"]})
+        if end:
+            break
+    return {
+        **run._asdict(), **asdict(settings), "step": step + 1, **found, "curve": curve,
+        "parameters": model.num_parameters(), "model": raw["model"], "attention": raw["attention"],
+        "optimizer": raw["optimizer"], "seconds": round(time.time() - began, 1),
+    }  # fmt: skip
+
+
+def _schedule(step: int, settings: Settings) -> float:
+    """Linear warm-up, then half a cosine to a tenth."""
+    rise = min(1.0, (step + 1) / settings.warmup)
+    return rise * (0.55 + 0.45 * math.cos(math.pi * step / settings.steps))
+
+
+@torch.no_grad()
+def evaluate(model, packed: Packed, held_out: Sequences, settings: Settings, device) -> dict:
+    """Losses, accuracy overall and by distance (from a power of two to the next), and the block
+    recall of pairs at least an eighth of the length apart, by layer."""
+    chain, asked, right, distances, shares = [], [], [], [], []
+    for start in range(0, len(held_out.tokens), settings.batch):
+        part = Sequences(*(x[start : start + settings.batch].to(device) for x in held_out))
+        row = torch.arange(settings.batch, device=device)[:, None] * settings.length
+        queries, values = (x[part.whole] for x in (row + part.second, row + part.first + 1))
+        with BlockRecall(queries, values) as probe:
+            logits = packed.logits(model, part.tokens)
+        for total, loss in zip((chain, asked), losses(logits, part), strict=True):
+            total.append(float(loss))
+        best = logits.argmax(-1).flatten()
+        right.append((best[queries] == part.tokens.flatten()[queries + 1]).cpu())
+        distances.append((part.second - part.first)[part.whole].cpu())
+        if probe.found:
+            shares.append(torch.stack([*probe.shares().values()]).cpu())
+    correct, distance = torch.cat(right).float(), torch.cat(distances)
+    bucket = distance.log2().int()
+    result = {
+        "chain_loss": round(statistics.fmean(chain), 4),
+        "recall_loss": round(statistics.fmean(asked), 4),
+        "accuracy": _mean(correct),
+        "far_accuracy": _mean(correct[distance >= settings.length // 2]),
+        "by_distance": {2 ** int(b): _mean(correct[bucket == b]) for b in bucket.unique()},
+    }
+    if shares:
+        away = torch.cat(shares, 1)[:, distance >= settings.length // 8]
+        *layers, chance = map(_mean, away)
+        result |= {"block_recall": layers, "block_chance": chance}
+    return result
+
+
+def _mean(x: Tensor) -> float | None:
+    return round(float(x.mean()), 4) if len(x) else None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Many runs
+
+
+def worker(jobs, results, settings: Settings, device: torch.device, deadline: float) -> None:
+    """Runs from the queue `jobs` until None; (run, result or None, error or None) into `results`.
+
+    None is started that would not end before the deadline, by the longest before.
+    """
+    torch.set_num_threads(1)
+    longest = 0.0
+    for run in iter(jobs.get, None):
+        result, error, began = None, None, time.time()
+        if began + longest < deadline:
+            try:
+                result = train(run, settings, device, deadline)
+            except Exception as problem:  # one that fails does not stop the others
+                error = f"{type(problem).__name__}: {str(problem)[-600:]}"
+            longest = max(longest, time.time() - began)
+        results.put((run, result, error))
+
+
+def run_all(runs: list[Run], settings: Settings, options) -> Iterator[dict]:
+    """Results as they come; says what failed and how many were left."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    deadline, left = time.time() + options.seconds, []
+    spawn = mp.get_context("spawn")
+    jobs, results = spawn.Queue(), spawn.Queue()
+    count = min(options.workers, len(runs))
+    for job in [*runs, *[None] * count]:
+        jobs.put(job)
+    arguments = jobs, results, settings, device, deadline
+    workers = [spawn.Process(target=worker, args=arguments, daemon=True) for _ in range(count)]
+    for process in workers:
+        process.start()
+    for _ in runs:
+        run, result, error = _next(results, workers)
+        if result is not None:
+            yield result
+        elif error is not None:
+            print(f"{run.name}, seed {run.seed} failed: {error}", flush=True)
+        else:
+            left.append(run)
+    for process in workers:
+        process.join()
+    if left:
+        print(f"{len(left)} runs did not fit into --seconds; the same command continues with them.")
+
+
+def _next(results, workers):
+    while True:
+        try:
+            return results.get(timeout=5)
+        except queue.Empty:
+            if not any(process.is_alive() for process in workers):
+                sys.exit("error: all workers ended early; is the memory enough for --workers?")
+
+
+def table(results: list[dict]) -> str:
+    """Mean and, over several seeds, range of each variant's results; the best accuracy first."""
+    groups: dict[str, list[dict]] = {}
+    for result in results:
+        groups.setdefault(result["name"], []).append(result)
+    columns = {
+        "accuracy": lambda r: r["accuracy"],
+        "far": lambda r: r["far_accuracy"],
+        "block": lambda r: max(r["block_recall"]) if "block_recall" in r else None,
+        "chance": lambda r: r.get("block_chance"),
+        "chain loss": lambda r: r["chain_loss"],
+        "parameters": lambda r: r["parameters"],
+        "seconds": lambda r: r["seconds"],
+    }
+    order = sorted(groups, key=lambda n: -statistics.fmean(r["accuracy"] for r in groups[n]))
+    lines = [["variant", "seeds", *columns]]
+    for name in order:
+        cells = [
+            _range([x for x in map(of, groups[name]) if x is not None]) for of in columns.values()
+        ]
+        lines.append([name, str(len(groups[name])), *cells])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)) for x in lines)
+
+
+def _range(values: list[float]) -> str:
+    if not values:
+        return ""
+    form = "{:,.0f}" if max(values) > 10 else "{:.3f}"
+    mean, low, high = map(form.format, (statistics.fmean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} .. {high})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--out", default="outputs/retrieval_study.jsonl", help="results, a line each")
+    add("--only", nargs="*", default=["*"], help="variants by name; * and ? match anything")
+    add("--list", action="store_true", help="print the names of those variants and stop")
+    add("--seeds", type=int, nargs="*", default=[0], help="one run of every variant each")
+    add("--workers", type=int, default=1, help="runs at a time")
+    add("--seconds", type=float, default=math.inf, help="of all runs together")
+    add("--length", type=int, default=2048, help="tokens of a sequence")
+    add("--pairs", type=int, default=48, help="keys asked for in a sequence")
+    add("--batch", type=int, default=8, help="sequences of a step")
+    add("--steps", type=int, default=1200, help="of a run")
+    add("--warmup", type=int, default=100, help="steps in which the learning rate rises")
+    add("--compile", action="store_true", help="torch.compile: half a minute each, then faster")
+    add(
+        "--selection-kl",
+        type=float,
+        default=0.0,
+        help="weight of NSA's lesson (model/importance.py)",
+    )
+    add(
+        "--dense-warmup",
+        type=float,
+        default=0.0,
+        help="share of the steps; NSA selects all in them",
+    )
+    add("overrides", nargs="*", help="of conf/, added to every variant and its name")
+    options = parser.parse_args()
+    chosen = {n: o for n, o in variants().items() if any(fnmatch(n, p) for p in options.only)}
+    if options.list:
+        return print("\n".join(chosen))
+    if not chosen:
+        sys.exit("error: --only matches no variant; --list names them")
+    try:
+        settings = Settings(*(getattr(options, f) for f in Settings.__dataclass_fields__))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    known = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    known = [r for r in known if all(r[k] == v for k, v in asdict(settings).items())]
+    runs = [
+        Run(" ".join([name, *options.overrides]), [*overrides, *options.overrides], seed)
+        for seed in options.seeds
+        for name, overrides in chosen.items()
+    ]
+    done = {(r["name"], r["seed"]) for r in known if r["step"] == r["steps"]}
+    runs = [run for run in runs if (run.name, run.seed) not in done]
+    if runs:
+        with open(out, "a", buffering=1) as file:
+            for result in run_all(runs, settings, options):
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                file.write(json.dumps(result | {"environment": environment(device)}) + "\n")
+                known.append(result)
+                print(
+                    f"{result['name']}, seed {result['seed']}, step {result['step']}: accuracy "
+                    f"{result['accuracy']:.3f}, {result['seconds']:.0f} s",
+                    flush=True,
+                )
+    if finished := [r for r in known if r["step"] == r["steps"]]:
+        print(table(finished))
+
+
+if __name__ == "__main__":
+    main()

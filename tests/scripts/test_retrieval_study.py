@@ -1,0 +1,77 @@
+"""The study's task is what it says, and a study of two runs goes on where it was stopped."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from scripts.retrieval_study import KEYS, STATES, Settings, losses, make_sequences, table, variants
+from tests.eval.conftest import run_script
+
+SETTINGS = Settings(
+    length=256, pairs=8, batch=2, steps=3, warmup=1, compile=False, selection_kl=0, dense_warmup=0
+)
+
+
+def test_keys_come_twice_with_their_values_at_all_distances():
+    made = make_sequences(64, SETTINGS, np.random.default_rng(0))
+    assert 0.7 < made.whole.double().mean() < 1  # a few are written over
+    for tokens, first, second, whole in zip(*made[:4], strict=True):
+        for a, b in zip(first[whole].tolist(), second[whole].tolist(), strict=True):
+            assert tokens[a] == tokens[b] and tokens[a + 1] == tokens[b + 1] >= STATES + KEYS
+            assert (tokens == tokens[b]).sum() == 2 and b - a >= 2
+    distance = (made.second - made.first)[made.whole]
+    assert min(distance) < 4 and (distance >= 128).sum() > 10
+    again, other = (make_sequences(64, SETTINGS, np.random.default_rng(s)) for s in (0, 1))
+    assert torch.equal(again.tokens, made.tokens) and not torch.equal(other.tokens, made.tokens)
+
+
+def test_the_losses_are_of_what_can_be_known():
+    made = make_sequences(64, SETTINGS, np.random.default_rng(0))
+    logits = torch.zeros(*made.tokens.shape, STATES + 2 * KEYS)
+    logits[:, :-1].scatter_(2, made.tokens[:, 1:, None], 50.0)  # knows the next token
+    assert all(float(loss) < 1e-6 for loss in losses(logits, made))
+    logits[torch.arange(64)[:, None], made.second] = 0
+    chain, asked = losses(logits, made)
+    assert float(chain) < 1e-6 and float(asked) == pytest.approx(np.log(STATES + 2 * KEYS))
+    states = made.tokens * made.plain
+    assert states.max() < STATES and made.plain.double().mean() > 0.5
+
+
+def test_the_table_gives_mean_and_range():
+    result = {"name": "a", "accuracy": 0.5, "far_accuracy": 0.25, "chain_loss": 2.0,
+              "parameters": 4_000_000, "seconds": 60.0}  # fmt: skip
+    sparse = result | {"name": "b", "block_recall": [0.1, 0.7], "block_chance": 0.2}
+    text = table([result, sparse | {"accuracy": 0.9}, sparse | {"accuracy": 0.7}])
+    best, control = (line.split() for line in text.splitlines()[1:])
+    assert best[:6] == ["b", "2", "0.800", "(0.700", "..", "0.900)"] and "0.700" in best[6:]
+    assert control[:4] == ["a", "1", "0.500", "0.250"]
+
+
+def test_every_variant_is_a_model_of_its_own():
+    found = variants()
+    assert len({tuple(overrides) for overrides in found.values()}) == len(found) == 76
+
+
+def test_the_command(tmp_path):
+    out = tmp_path / "study.jsonl"
+    how = ["--out", str(out), "--only", "full conv4", "gated_mean 8/4 G4", "--length", "128"]
+    how += ["--pairs", "4", "--batch", "2", "--steps", "3", "--warmup", "1", "--workers", "2"]
+    how += ["--selection-kl", "0.3", "--dense-warmup", "0.5"]
+    how += ["model.dim=32", "model.num_layers=1", "model.ffn_dim=32"]
+    done = run_script("scripts/retrieval_study.py", *how)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    found = {line["name"].split(" model.")[0]: line for line in lines}
+    assert set(found) == {"full conv4", "gated_mean 8/4 G4"}
+    assert found["full conv4"]["model"]["kv_conv"] == 4
+    sparse = found["gated_mean 8/4 G4"]
+    assert len(sparse["block_recall"]) == 1 and sparse["attention"]["compress_stride"] == 4
+    assert {"accuracy", "by_distance", "recall_loss", "seconds", "curve"} <= sparse.keys()
+    out.write_text("\n".join(json.dumps(lines[0]) for _ in "a") + "\n")
+    again = run_script("scripts/retrieval_study.py", *how)
+    assert again.returncode == 0 and len(out.read_text().splitlines()) == 2, again.stderr
+    assert "gated_mean 8/4 G4" in again.stdout and "full conv4" in again.stdout
+    wrong = run_script("scripts/retrieval_study.py", "--only", "fool")
+    assert wrong.returncode == 1 and "--only matches no variant" in wrong.stderr
