@@ -1,0 +1,218 @@
+"""Recipes against each other, at equal tokens and at equal time, from training to results.
+
+    python scripts/compare.py tokens=200_000_000 data=packages data.sources.text.path=~/corpus
+
+Every recipe trains `tokens`; then every other one trains once more, its schedule shortened or
+lengthened to end after as much time as the first recipe took. Each run is evaluated, and output_dir
+gets report.html, results.md and figures. All steps are commands of this repository, which are printed;
+killed at any moment, the same call goes on where it was, and finished steps are not done again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from data.config import ROOT, command_line, from_config, resolve_path
+from eval.compare import clock
+from eval.report import load_run, write_comparison
+from eval.results import write_results
+
+SPEED_STEPS = 12  # of a run that only measures how fast a recipe trains
+SUFFIX = "_same_time"  # of runs that take as long as the first recipe's
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """conf/compare.yaml"""
+
+    recipes: list[str]
+    tokens: int | None
+    minutes: float | None
+    views: list[str]
+    output_dir: str
+    device: Literal["cuda", "cpu"]
+    evaluate: dict
+
+    def __post_init__(self) -> None:
+        if len(set(self.recipes)) != len(self.recipes) or not self.recipes:
+            raise ValueError(f"recipes={self.recipes}; name one or more, each once.")
+        for recipe in self.recipes:
+            if not (ROOT / "conf" / "experiment" / f"{recipe}.yaml").is_file():
+                raise ValueError(f"recipes: there is no conf/experiment/{recipe}.yaml.")
+        if (self.tokens is None) == (self.minutes is None):
+            raise ValueError("Give the budget as tokens=… or as minutes=…, one of the two.")
+        if not self.views or not set(self.views) <= {"tokens", "time"}:
+            raise ValueError(f"views={self.views}; choose among tokens and time.")
+        for name in self.evaluate:
+            if not (ROOT / "eval" / f"{name}.py").is_file():
+                raise ValueError(f"evaluate.{name}: there is no eval/{name}.py.")
+
+
+class Comparison:
+    """The steps, and in <output_dir>/steps.json those that are done, with their seconds."""
+
+    def __init__(self, settings: CompareSettings, overrides: list[str]):
+        self.settings, self.overrides = settings, overrides
+        self.folder = resolve_path(settings.output_dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_same()
+        self.steps_path = self.folder / "steps.json"
+        self.steps = json.loads(self.steps_path.read_text()) if self.steps_path.exists() else {}
+        self.child: subprocess.Popen | None = None
+
+    def _check_same(self) -> None:
+        """Raises ValueError if the folder holds runs of another budget or with other overrides."""
+        path = self.folder / "comparison.yaml"
+        now = {
+            "first recipe": self.settings.recipes[0],
+            "tokens": self.settings.tokens,
+            "minutes": self.settings.minutes,
+            "overrides": self.overrides,
+        }
+        before = yaml.safe_load(path.read_text()) if path.exists() else now
+        for key, value in now.items():
+            if before[key] != value:
+                raise ValueError(
+                    f"{self.folder} holds a comparison with {key} {before[key]}, not {value}; go on "
+                    "with that one, or give another output_dir=…"
+                )
+        path.write_text(yaml.safe_dump(now, sort_keys=False))
+
+    def run(self) -> None:
+        """All steps that are not done yet. Raises ChildProcessError when one fails."""
+        first, *others = self.settings.recipes
+        tokens = self.settings.tokens or round(60 * self.settings.minutes * self.speed(first))
+        same_tokens = [first, *(others if "tokens" in self.settings.views else ())]
+        views = {"equal tokens": same_tokens}
+        for recipe in same_tokens:
+            self.train(recipe, recipe, tokens)
+            self.evaluate(recipe)
+            self.report(views)
+        if "time" in self.settings.views:
+            seconds = self.seconds(first)
+            views["equal time"] = [first, *(recipe + SUFFIX for recipe in others)]
+            for recipe in others:
+                self.train(recipe, recipe + SUFFIX, round(seconds * self.speed(recipe)))
+                self.evaluate(recipe + SUFFIX)
+                self.report(views)
+
+    def train(self, recipe: str, name: str, tokens: int) -> None:
+        self.step(name, "train/pretrain.py", self._training(recipe, name, tokens))
+
+    def speed(self, recipe: str) -> float:
+        """Training tokens per second, from the recipe's run, or from a short one."""
+        name = recipe
+        if not self.is_trained(recipe):
+            name = f"{recipe}_speed"
+            short = [f"train.max_steps={SPEED_STEPS}", "log.wandb=disabled"]
+            self.step(name, "train/pretrain.py", [*self._training(recipe, name), *short])
+        steps = load_run(self.folder / name).training
+        return steps[-1]["tokens"] / self.seconds(name)
+
+    def seconds(self, name: str) -> float:
+        """What a run's training took."""
+        return clock(load_run(self.folder / name).training)[-1]
+
+    def is_trained(self, name: str) -> bool:
+        return any(step.startswith(f"{name}: train/") for step in self.steps)
+
+    def _training(self, recipe: str, name: str, tokens: int | None = None) -> list[str]:
+        budget = [f"train.max_tokens={tokens}"] if tokens else []
+        fixed = [f"name={name}", "train.resume=auto", f"device={self.settings.device}"]
+        return [f"+experiment={recipe}", *self.overrides, *budget, *fixed]
+
+    def evaluate(self, name: str) -> None:
+        for evaluation, settings in self.settings.evaluate.items():
+            arguments = [f"{key}={_spell(value)}" for key, value in settings.items()]
+            self.step(name, f"eval/{evaluation}.py", [*arguments, f"device={self.settings.device}"])
+
+    def step(self, name: str, script: str, arguments: list[str]) -> None:
+        """One command, unless it is done. Raises ChildProcessError with one sentence."""
+        key = f"{name}: {script} {' '.join(arguments)}"
+        if key in self.steps:
+            return
+        place = self.settings.output_dir
+        where = (
+            f"output_dir={place}" if script.startswith("train/") else f"checkpoint={place}/{name}"
+        )
+        command = [script, *arguments, where]
+        print(f"\n$ python {shlex.join(command)}", flush=True)
+        started = time.time()
+        self.child = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+        status = self.child.wait()
+        self.child = None
+        if status:
+            raise ChildProcessError(f"{name}: {script} ended with status {status}; see above.")
+        self.steps[key] = round(time.time() - started, 1)
+        partial = self.steps_path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.steps, indent=1))
+        os.replace(partial, self.steps_path)
+
+    def stop(self, number: int, frame) -> None:
+        """Pass a signal on; a training saves, and this process leaves when it has."""
+        if self.child:
+            self.child.send_signal(number)
+            self.child.wait()
+        print("stopped; the same command goes on from here", flush=True)
+        sys.exit(128 + number)
+
+    def report(self, views: dict[str, list[str]]) -> None:
+        """Pages and tables of what has been trained so far."""
+        done = {
+            title: [self.folder / name for name in names if self.is_trained(name)]
+            for title, names in views.items()
+        }
+        write_comparison(
+            list(dict.fromkeys(f for folders in done.values() for f in folders)),
+            self.folder / "report.html", done,
+        )  # fmt: skip
+        write_results(done, self.folder, " ".join(["python", "scripts/compare.py", *sys.argv[1:]]))
+
+
+def _spell(value) -> str:
+    """A setting as Hydra reads it from a command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(_spell, value))}]"
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """What is not a key of conf/compare.yaml is an override of every training."""
+    keys = OmegaConf.load(ROOT / "conf" / "compare.yaml")
+    ours = [a for a in arguments if re.split(r"[.=]", a.lstrip("+~"))[0] in keys]
+    overrides = [a for a in arguments if a not in ours]
+    try:
+        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+            config = compose("compare", command_line(ours))
+        comparison = Comparison(from_config(CompareSettings, config, "compare"), overrides)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, comparison.stop)
+        comparison.run()
+    except (HydraException, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"report      {comparison.folder / 'report.html'}, results.md")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
