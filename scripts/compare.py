@@ -78,6 +78,7 @@ class Comparison:
         self.steps_path = self.folder / "steps.json"
         self.steps = json.loads(self.steps_path.read_text()) if self.steps_path.exists() else {}
         self.child: subprocess.Popen | None = None
+        self.stopped = 0  # by this signal
 
     def _check_same(self) -> None:
         """Raises ValueError if the folder holds runs of another budget or with other overrides."""
@@ -156,10 +157,13 @@ class Comparison:
         )
         command = [script, *arguments, where]
         print(f"\n$ python {shlex.join(command)}", flush=True)
-        started = time.time()
-        self.child = subprocess.Popen([sys.executable, *command], cwd=ROOT)
-        status = self.child.wait()
-        self.child = None
+        started, status = time.time(), None
+        if not self.stopped:
+            self.child = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+            status = self.child.wait()
+        if self.stopped:
+            print("stopped; the same command goes on from here", flush=True)
+            sys.exit(128 + self.stopped)
         if status:
             raise ChildProcessError(f"{name}: {script} ended with status {status}; see above.")
         self.steps[key] = round(time.time() - started, 1)
@@ -168,12 +172,10 @@ class Comparison:
         os.replace(partial, self.steps_path)
 
     def stop(self, number: int, frame) -> None:
-        """Pass a signal on; a training saves, and this process leaves when it has."""
+        """Pass a signal on: a training saves and ends, and this process with it."""
+        self.stopped = number
         if self.child:
             self.child.send_signal(number)
-            self.child.wait()
-        print("stopped; the same command goes on from here", flush=True)
-        sys.exit(128 + number)
 
     def report(self, views: dict[str, list[str]]) -> None:
         """Pages and tables of what has been trained so far."""
