@@ -212,7 +212,7 @@ def main(arguments: list[str]) -> None:
             signal.signal(number, comparison.stop)
         comparison.run()
     except (HydraException, ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {str(error).splitlines()[0]}")
     print(f"report      {comparison.folder / 'report.html'}, results.md")
 
 
