@@ -70,8 +70,8 @@ class CompareSettings:
 class Comparison:
     """The steps, and in <output_dir>/steps.json those that are done, with their seconds."""
 
-    def __init__(self, settings: CompareSettings, overrides: list[str]):
-        self.settings, self.overrides = settings, overrides
+    def __init__(self, settings: CompareSettings, overrides: list[str], command: str):
+        self.settings, self.overrides, self.command = settings, overrides, command
         self.folder = resolve_path(settings.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_same()
@@ -101,50 +101,43 @@ class Comparison:
     def run(self) -> None:
         """All steps that are not done yet. Raises ChildProcessError when one fails."""
         first, *others = self.settings.recipes
-        tokens = self.settings.tokens or round(60 * self.settings.minutes * self.speed(first))
-        same_tokens = [first, *(others if "tokens" in self.settings.views else ())]
-        views = {"equal tokens": same_tokens}
-        for recipe in same_tokens:
+        same_tokens = "tokens" in self.settings.views
+        tokens = self.settings.tokens or round(60 * self.settings.minutes * self.short_run(first))
+        for recipe in [first, *(others if same_tokens else ())]:
             self.train(recipe, recipe, tokens)
-            self.evaluate(recipe)
-            self.report(views)
         if "time" in self.settings.views:
             seconds = self.seconds(first)
-            views["equal time"] = [first, *(recipe + SUFFIX for recipe in others)]
             for recipe in others:
-                self.train(recipe, recipe + SUFFIX, round(seconds * self.speed(recipe)))
-                self.evaluate(recipe + SUFFIX)
-                self.report(views)
+                speed = tokens / self.seconds(recipe) if same_tokens else self.short_run(recipe)
+                self.train(recipe, recipe + SUFFIX, round(seconds * speed))
 
     def train(self, recipe: str, name: str, tokens: int) -> None:
-        self.step(name, "train/pretrain.py", self._training(recipe, name, tokens))
+        """A run, its evaluations, and what there is to report with it."""
+        config = self.folder / name / "config.yaml"
+        if config.exists():  # a run that has begun keeps its schedule
+            tokens = yaml.safe_load(config.read_text())["train"]["max_tokens"]
+        self.step(
+            name, "train/pretrain.py", self._training(recipe, name, f"train.max_tokens={tokens}")
+        )
+        for evaluation, settings in self.settings.evaluate.items():
+            arguments = [f"{key}={_spell(value)}" for key, value in settings.items()]
+            self.step(name, f"eval/{evaluation}.py", [*arguments, f"device={self.settings.device}"])
+        self.report()
 
-    def speed(self, recipe: str) -> float:
-        """Training tokens per second, from the recipe's run, or from a short one."""
-        name = recipe
-        if not self.is_trained(recipe):
-            name = f"{recipe}_speed"
-            short = [f"train.max_steps={SPEED_STEPS}", "log.wandb=disabled"]
-            self.step(name, "train/pretrain.py", [*self._training(recipe, name), *short])
-        steps = load_run(self.folder / name).training
-        return steps[-1]["tokens"] / self.seconds(name)
+    def short_run(self, recipe: str) -> float:
+        """Training tokens per second of a recipe, from a run of a few steps."""
+        name = f"{recipe}_speed"
+        short = f"train.max_steps={SPEED_STEPS}", "log.wandb=disabled"
+        self.step(name, "train/pretrain.py", self._training(recipe, name, *short))
+        return load_run(self.folder / name).training[-1]["tokens"] / self.seconds(name)
 
     def seconds(self, name: str) -> float:
         """What a run's training took."""
         return clock(load_run(self.folder / name).training)[-1]
 
-    def is_trained(self, name: str) -> bool:
-        return any(step.startswith(f"{name}: train/") for step in self.steps)
-
-    def _training(self, recipe: str, name: str, tokens: int | None = None) -> list[str]:
-        budget = [f"train.max_tokens={tokens}"] if tokens else []
-        fixed = [f"name={name}", "train.resume=auto", f"device={self.settings.device}"]
+    def _training(self, recipe: str, name: str, *budget: str) -> list[str]:
+        fixed = f"name={name}", "train.resume=auto", f"device={self.settings.device}"
         return [f"+experiment={recipe}", *self.overrides, *budget, *fixed]
-
-    def evaluate(self, name: str) -> None:
-        for evaluation, settings in self.settings.evaluate.items():
-            arguments = [f"{key}={_spell(value)}" for key, value in settings.items()]
-            self.step(name, f"eval/{evaluation}.py", [*arguments, f"device={self.settings.device}"])
 
     def step(self, name: str, script: str, arguments: list[str]) -> None:
         """One command, unless it is done. Raises ChildProcessError with one sentence."""
@@ -152,9 +145,8 @@ class Comparison:
         if key in self.steps:
             return
         place = self.settings.output_dir
-        where = (
-            f"output_dir={place}" if script.startswith("train/") else f"checkpoint={place}/{name}"
-        )
+        training = script.startswith("train/")
+        where = f"output_dir={place}" if training else f"checkpoint={place}/{name}"
         command = [script, *arguments, where]
         print(f"\n$ python {shlex.join(command)}", flush=True)
         started, status = time.time(), None
@@ -177,26 +169,28 @@ class Comparison:
         if self.child:
             self.child.send_signal(number)
 
-    def report(self, views: dict[str, list[str]]) -> None:
+    def report(self) -> None:
         """Pages and tables of what has been trained so far."""
-        done = {
-            title: [self.folder / name for name in names if self.is_trained(name)]
-            for title, names in views.items()
+        first, *others = self.settings.recipes
+        names = {
+            "tokens": [first, *others],
+            "time": [first, *(recipe + SUFFIX for recipe in others)],
         }
-        write_comparison(
-            list(dict.fromkeys(f for folders in done.values() for f in folders)),
-            self.folder / "report.html", done,
-        )  # fmt: skip
-        write_results(done, self.folder, " ".join(["python", "scripts/compare.py", *sys.argv[1:]]))
+        trained = {key.partition(": train/")[0] for key in self.steps}
+        views = {
+            f"equal {view}": [self.folder / name for name in names[view] if name in trained]
+            for view in self.settings.views
+        }
+        folders = list(dict.fromkeys(folder for group in views.values() for folder in group))
+        write_comparison(folders, self.folder / "report.html", views)
+        write_results(views, self.folder, self.command)
 
 
 def _spell(value) -> str:
     """A setting as Hydra reads it from a command line."""
     if isinstance(value, list):
         return f"[{','.join(map(_spell, value))}]"
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def main(arguments: list[str]) -> None:
@@ -207,7 +201,8 @@ def main(arguments: list[str]) -> None:
     try:
         with initialize_config_dir(str(ROOT / "conf"), version_base=None):
             config = compose("compare", command_line(ours))
-        comparison = Comparison(from_config(CompareSettings, config, "compare"), overrides)
+        command = shlex.join(["python", "scripts/compare.py", *arguments])
+        comparison = Comparison(from_config(CompareSettings, config, "compare"), overrides, command)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, comparison.stop)
         comparison.run()

@@ -67,17 +67,23 @@ def windows(tokens):
 class Fake(Comparison):
     """Steps leave what the script reads: one token a microsecond for NSA, a third of it else."""
 
+    room = None  # steps before an interruption
+
     def step(self, name, script, arguments):
         key = f"{name}: {script} {' '.join(arguments)}"
         if key in self.steps:
             return
+        if len(self.steps) == self.room:
+            raise InterruptedError
         self.steps[key] = 1.0
         if not script.startswith("train/"):
             return
         tokens = next((int(a.split("=")[1]) for a in arguments if "max_tokens" in a), 1000)
         speed = 1e6 if "nsa" in name else 1e6 / 3
         (self.folder / name).mkdir()
-        (self.folder / name / "config.yaml").write_text(f"name: {name}\ntrain: {{seq_len: 64}}\n")
+        (self.folder / name / "config.yaml").write_text(
+            yaml.safe_dump({"name": name, "train": {"seq_len": 64, "max_tokens": tokens}})
+        )
         step = {"step": 1, "tokens": tokens, "time": 1, "loss": 2.0, "tokens_per_s": speed}
         validation = {"step": 1, "tokens": tokens, "time": 1, "val/loss": 2.0, "val/bpb": 1.0}
         lines = "".join(json.dumps(line) + "\n" for line in (step, validation))
@@ -89,7 +95,7 @@ def fake(tmp_path, overrides=("data=austen",), **changes):
         recipes=["nsa_8k", "full_8k"], tokens=3_000_000, minutes=None, views=["tokens", "time"],
         output_dir=str(tmp_path), device="cpu", evaluate={"position": {"length": 64}},
     )  # fmt: skip
-    return Fake(CompareSettings(**settings | changes), list(overrides))
+    return Fake(CompareSettings(**settings | changes), list(overrides), "the command")
 
 
 def trainings(comparison):
@@ -114,11 +120,28 @@ def test_a_budget_of_minutes(tmp_path):
     comparison.run()
     commands = trainings(comparison)
     assert list(commands) == ["nsa_8k_speed", "nsa_8k", "full_8k_speed", "full_8k_same_time"]
+    assert "equal tokens" not in (tmp_path / "results.md").read_text()
     assert "max_tokens=120000000" in commands["nsa_8k"]
     assert "max_tokens=40000000" in commands["full_8k_same_time"]
     assert (
         "max_steps" in commands["full_8k_speed"] and "max_tokens" not in commands["full_8k_speed"]
     )
+
+
+@pytest.mark.parametrize("budget", [{"tokens": 3_000_000}, {"tokens": None, "minutes": 2.0}])
+def test_interrupted_anywhere_it_takes_the_same_steps(tmp_path, budget):
+    whole = fake(tmp_path / "whole", **budget)
+    whole.run()
+    for count in range(len(whole.steps)):
+        parts = tmp_path / f"{count}"
+        first = fake(parts, **budget)
+        first.room = count
+        with pytest.raises(InterruptedError):
+            first.run()
+        again = fake(parts, **budget)
+        again.steps = first.steps
+        again.run()
+        assert again.steps == whole.steps
 
 
 def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
