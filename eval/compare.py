@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from eval.accuracy import best_layer
@@ -16,16 +17,56 @@ if TYPE_CHECKING:
 Points = list[tuple[float, float]]
 
 
-def comparison(runs: Sequence[Run]) -> str:
-    """The body of a page about several runs."""
+def comparison(runs: Sequence[Run], views: Mapping[str, Sequence[Run]]) -> str:
+    """The body of a page about several runs; views are groups of them with something in common."""
     names = ", ".join(run.name for run in runs)
+    losses = "".join(
+        f"<h2>Loss at {escape(title)}</h2><figure>{table(loss_rows(group))}</figure>"
+        for title, group in views.items()
+    )
+    overview = f"<h2>Overview</h2><figure>{table(overview_rows(runs))}</figure>"
     return (
         f"<header><h1>Comparison</h1><p>{escape(names)}</p></header>"
-        f"{_overview(runs)}{_curves(runs)}{_needles(runs)}{long_context(runs)}"
+        f"{losses}{overview}{_curves(runs)}{_needles(runs)}{long_context(runs)}"
     )
 
 
-def _overview(runs: Sequence[Run]) -> str:
+def clock(steps: Sequence[dict]) -> list[float]:
+    """Seconds of training behind a run after each of its steps.
+
+    A step counts as long as the median one of its sequence length: the first of every sitting
+    compiles kernels, and a run that was interrupted has had several.
+    """
+    speeds: dict[int | None, list[float]] = {}
+    for step in steps:
+        speeds.setdefault(step.get("seq_len"), []).append(step["tokens_per_s"])
+    pace = {length: statistics.median(found) for length, found in speeds.items()}
+    tokens = [0, *(step["tokens"] for step in steps)]
+    return list(accumulate(
+        (now - before) / pace[step.get("seq_len")]
+        for step, before, now in zip(steps, tokens, tokens[1:], strict=False)
+    ))  # fmt: skip
+
+
+def loss_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Last validation losses, and how far each is from the first run's."""
+    rows = [("run", "tokens", "minutes", "validation loss", "against the first", "bits per byte")]
+    last_of = [run.validation[-1] if run.validation else {} for run in runs]
+    first = last_of[0].get("val/loss")
+    for run, last in zip(runs, last_of, strict=True):
+        loss = last.get("val/loss")
+        rows.append((
+            run.name,
+            _show(last.get("tokens"), "{:,}".format),
+            _show(clock(run.training)[-1] if run.training else None, lambda s: f"{s / 60:.1f}"),
+            _show(loss, "{:.4f}".format),
+            _show(loss and first and loss - first, "{:+.4f}".format),
+            _show(last.get("val/bpb"), "{:.4f}".format),
+        ))  # fmt: skip
+    return rows
+
+
+def overview_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """A row for each run; a dash where it has no such number."""
     head = ("run", "attention", "parameters", "tokens", "hours", "bits per byte", "tokens/s", "MFU",
             "memory (GB)")  # fmt: skip
@@ -49,7 +90,7 @@ def _overview(runs: Sequence[Run]) -> str:
             _show(mfu, "{:.1%}".format),
             _show(memory, "{:.1f}".format),
         ))  # fmt: skip
-    return f"<h2>Overview</h2><figure>{table(rows)}</figure>"
+    return rows
 
 
 def _median(run: Run, key: str) -> float | None:
@@ -66,12 +107,19 @@ def _curves(runs: Sequence[Run]) -> str:
         return [[(m[x], m[y]) for m in getattr(run, side) if m.get(y) is not None] for run in runs]
 
     smoothed = [smooth(points) for points in of("tokens", "loss")]
-    by_time = [smooth(points) for points in of("time", "loss")]
-    hours = [[(seconds / 3600, loss) for seconds, loss in points] for points in by_time]
+    hours = [{m["tokens"]: s / 3600 for m, s in zip(run.training, clock(run.training), strict=True)}
+             for run in runs]  # fmt: skip
+
+    def by_time(curves: list[Points]) -> list[Points]:
+        return [[(at[t], y) for t, y in points if t in at]
+                for at, points in zip(hours, curves, strict=True)]  # fmt: skip
+
+    held_out = of("tokens", "val/bpb", "validation")
     charts = [
         _chart("Training loss against tokens", runs, smoothed),
-        _chart("Training loss against time", runs, hours, x_name="hours"),
-        _chart("Bits per byte of held-out text", runs, of("tokens", "val/bpb", "validation")),
+        _chart("Training loss against time", runs, by_time(smoothed), x_name="hours"),
+        _chart("Bits per byte of held-out text", runs, held_out),
+        _chart("Bits per byte against time", runs, by_time(held_out), x_name="hours"),
         _chart("Tokens per second", runs, [smooth(p) for p in of("tokens", "tokens_per_s")]),
         _chart("Memory at its peak (GB)", runs, of("tokens", "memory_gb")),
     ]
@@ -118,11 +166,8 @@ def long_context(runs: Sequence[Run]) -> str:
     return _ruler(runs) + _position(runs) + _recall(runs)
 
 
-def _ruler(runs: Sequence[Run]) -> str:
+def ruler_rows(having: Sequence[Run], named: bool) -> list[tuple[str, ...]]:
     """The paper's table: a row for each task, a column for each run and length, in %."""
-    having = [run for run in runs if run.ruler]
-    if not having:
-        return ""
     at = {
         (cell["task"], i, cell["length"]): 100 * cell["score"]
         for i, run in enumerate(having)
@@ -130,7 +175,7 @@ def _ruler(runs: Sequence[Run]) -> str:
     }
     tasks = dict.fromkeys(task for task, _, _ in at)
     columns = list(dict.fromkeys((i, length) for _, i, length in at))
-    name = (lambda i: f"{having[i].name}, ") if len(runs) > 1 else (lambda i: "")
+    name = (lambda i: f"{having[i].name}, ") if named else (lambda i: "")
     rows = [("task", *(f"{name(i)}{length:,}" for i, length in columns))]
     for task in tasks:
         scores = [at.get((task, *column)) for column in columns]
@@ -140,10 +185,17 @@ def _ruler(runs: Sequence[Run]) -> str:
         scores = [at[task, *column] for task in tasks if (task, *column) in at]
         means.append(f"{statistics.fmean(scores):.1f}")
     rows.append(("mean", *means))
+    return rows
+
+
+def _ruler(runs: Sequence[Run]) -> str:
+    having = [run for run in runs if run.ruler]
+    if not having:
+        return ""
     samples = ", ".join(dict.fromkeys(f"{run.ruler['cells'][0]['samples']:,}" for run in having))
     return (
         f'<h2>RULER</h2><p class="quiet">Share of the expected strings in the answer, in %; {samples} '
-        f"samples a task and length.</p><figure>{table(rows)}</figure>"
+        f"samples a task and length.</p><figure>{table(ruler_rows(having, len(runs) > 1))}</figure>"
     )
 
 

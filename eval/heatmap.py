@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 TITLES = {"generation": "generated", "ranking": "ranked first"}
@@ -15,33 +17,63 @@ def save_heatmap(results: dict, path: Path) -> None:
 
     The map, cividis, is even in lightness and reads the same with colour-blind eyes.
     """
-    cells, tasks = results["cells"], list(results["chance"])
-    lengths = sorted({cell["length"] for cell in cells})
-    depths = sorted({cell["depth"] for cell in cells})
-    width, height = 2.2 + 0.75 * len(lengths), 1.9 + 0.42 * len(depths)
-    size = 2 * max(width, 4.2), max(height, 3.4) * len(tasks)
-    figure = Figure(size, layout="constrained")
-    rows = figure.subplots(len(tasks), 2, sharey=True, squeeze=False)
-    for task, panels in zip(tasks, rows, strict=True):
-        chance = f" (chance {100 * results['chance'][task]:.3g} %)"
-        for panel, (score, title) in zip(panels, TITLES.items(), strict=True):
-            at = {(c["depth"], c["length"]): c[score] for c in cells if c["task"] == task}
-            grid = np.array([[at[depth, length] for length in lengths] for depth in depths])
-            image = panel.imshow(100 * grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-            for (row, column), value in np.ndenumerate(grid):
-                colour = "white" if value < 0.5 else "black"
-                text = f"{100 * value:.0f}"
-                panel.text(column, row, text, ha="center", va="center", color=colour)
-            name = task.replace("_", "-")
-            panel.set_title(f"{name}: {title}{chance * (score == 'ranking')}", fontsize=10)
-            panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
-            panel.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
-            panel.set_xlabel("context length (tokens)")
-            panel.tick_params(length=0)
-            panel.spines[:].set_visible(False)
-        panels[0].set_ylabel("depth of the needle (%)")
+    panels = [
+        [(_title(results, task, score), results, task, score) for score in TITLES]
+        for task in results["chance"]
+    ]
+    title = f"Needle in a haystack, step {results['step']:,}, {_samples(results)} samples a cell"
+    _save(panels, title, path, dpi=150)
+
+
+def save_heatmaps(runs: Mapping[str, dict], path: Path) -> None:
+    """The same of several runs by name: a column for each, a row for each task and score."""
+    first = next(iter(runs.values()))
+    panels = [
+        [(f"{name}\n{_title(results, task, score)}", results, task, score)
+         for name, results in runs.items()]
+        for task in first["chance"] for score in TITLES
+    ]  # fmt: skip
+    _save(panels, f"Needle in a haystack, {_samples(first)} samples a cell", path, dpi=80)
+
+
+def _title(results: dict, task: str, score: str) -> str:
+    chance = f" (chance {100 * results['chance'][task]:.3g} %)" if score == "ranking" else ""
+    return f"{task.replace('_', '-')}: {TITLES[score]}{chance}"
+
+
+def _samples(results: dict) -> int:
+    return results["cells"][0]["samples"]
+
+
+def _save(panels: list[list[tuple[str, dict, str, str]]], title: str, path: Path, dpi: int) -> None:
+    """panels: rows of (title, results, task, score)."""
+    cells = [cell for _, results, *_ in panels[0] for cell in results["cells"]]
+    lengths, depths = len({c["length"] for c in cells}), len({c["depth"] for c in cells})
+    width, height = max(2.2 + 0.75 * lengths, 4.2), max(1.9 + 0.42 * depths, 3.4)
+    figure = Figure((len(panels[0]) * width, len(panels) * height), layout="constrained")
+    rows = figure.subplots(len(panels), len(panels[0]), sharey=True, squeeze=False)
+    for axes, row in zip(rows, panels, strict=True):
+        for panel, (name, results, task, score) in zip(axes, row, strict=True):
+            image = _draw(panel, results, task, score)
+            panel.set_title(name, fontsize=10)
+        axes[0].set_ylabel("depth of the needle (%)")
     bar = figure.colorbar(image, ax=rows, label="accuracy (%)", pad=0.02, aspect=30)
     bar.outline.set_visible(False)
-    samples = cells[0]["samples"]
-    figure.suptitle(f"Needle in a haystack, step {results['step']:,}, {samples} samples a cell")
-    figure.savefig(path, dpi=150)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=dpi)
+
+
+def _draw(panel: Axes, results: dict, task: str, score: str):
+    at = {(c["depth"], c["length"]): c[score] for c in results["cells"] if c["task"] == task}
+    depths, lengths = (sorted({key[i] for key in at}) for i in (0, 1))
+    grid = np.array([[at[depth, length] for length in lengths] for depth in depths])
+    image = panel.imshow(100 * grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    for (row, column), value in np.ndenumerate(grid):
+        colour = "white" if value < 0.5 else "black"
+        panel.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=colour)
+    panel.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])
+    panel.set_yticks(range(len(depths)), [f"{d:g}" for d in depths])
+    panel.set_xlabel("context length (tokens)")
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    return image

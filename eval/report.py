@@ -19,7 +19,8 @@ import json
 import math
 import re
 import statistics
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 
 import hydra
@@ -52,10 +53,10 @@ class Run:
     ruler: dict | None
     position: dict | None
     recall: dict | None
-    baseline: dict | None
     environment: dict
     data: dict
     num_parameters: int | None
+    baseline: dict | None = None  # which takes a while: of a run's own page alone
 
     @property
     def name(self) -> str:
@@ -85,7 +86,6 @@ def load_run(folder: str | Path) -> Run:
         ruler=_newest(folder / "eval" / "ruler"),
         position=_newest(folder / "eval" / "position"),
         recall=_newest(folder / "eval" / "recall"),
-        baseline=_baseline(folder),
         environment=_json(folder / "environment.json") or {},
         data=_json(folder / "data_summary.json") or {},
         num_parameters=_num_parameters(folder),
@@ -143,7 +143,7 @@ def _num_parameters(folder: Path) -> int | None:
 
 def write_report(folder: str | Path) -> Path:
     """Write <folder>/report.html and return its path. Raises as load_run does."""
-    run = load_run(folder)
+    run = replace(load_run(folder), baseline=_baseline(Path(folder)))
     path = run.folder / "report.html"
     body = (
         f"{_header(run)}{_cards(run)}{_training(run)}{_attention(run)}{_needle(run)}"
@@ -153,11 +153,18 @@ def write_report(folder: str | Path) -> Path:
     return path
 
 
-def write_comparison(folders: list[Path], path: Path) -> Path:
-    """Write a page of several runs beside each other to `path`. Raises as load_run does."""
-    runs = [load_run(folder) for folder in folders]
+def write_comparison(
+    folders: Sequence[Path], path: Path, views: Mapping[str, Sequence[Path]] | None = None
+) -> Path:
+    """Write a page of several runs beside each other to `path`. Raises as load_run does.
+
+    views: groups of the runs whose last losses are to be compared, by what they have in common.
+    """
+    runs = {folder: load_run(folder) for folder in folders}
+    groups = {title: [runs[f] for f in group] for title, group in (views or {}).items() if group}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_page("Comparison", comparison(runs)), encoding="utf-8")
+    body = comparison(list(runs.values()), groups)
+    path.write_text(_page("Comparison", body), encoding="utf-8")
     return path
 
 

@@ -33,7 +33,7 @@ from train.optimizer import build_optimizer
 from train.telemetry import environment, peak_flops
 
 VOCAB = 32768
-DENSE = ["+experiment=dense_8k"]
+DENSE = ["+experiment=full_8k"]
 SMALL_PASS = ["train.micro_batch_tokens=8192"]
 VARIANTS = {  # name: (overrides, bare loop?, profile?)
     "compiled": (DENSE, False, True),
@@ -41,8 +41,8 @@ VARIANTS = {  # name: (overrides, bare loop?, profile?)
     "compiled, one sequence a pass": ([*DENSE, *SMALL_PASS], False, False),
     "compiled, one sequence a pass, bare loop": ([*DENSE, *SMALL_PASS], True, False),
     "eager": ([*DENSE, "train.compile=false"], False, False),
-    "nsa at 64k": (["+experiment=nsa_64k", "train.compile=true"], False, True),
-    "full at 64k": (["+experiment=nsa_64k", "attention=full", "train.compile=true"], False, False),
+    "nsa at 64k": (["+experiment=nsa_64k"], False, True),
+    "full at 64k": (["+experiment=full_64k"], False, False),
     "nsa at 64k, selective": (
         ["+experiment=nsa_64k", "train.activation_checkpointing=selective"], False, False,
     ),

@@ -54,8 +54,8 @@ def test_several_runs(runs):
                  "bare", "–"):  # fmt: skip
         assert text in page.text, text
     assert EVIL not in html and "script" not in {tag for tag, _ in page.tags}
-    # Loss twice, bits per byte, speed; needle means twice; position twice; recall twice.
-    assert [tag for tag, _ in page.tags].count("svg") == 10
+    # Loss twice, bits per byte twice, speed; needle means twice; position twice; recall twice.
+    assert [tag for tag, _ in page.tags].count("svg") == 11
     assert 'class="run1"' in html and 'class="run2"' not in html  # the bare run has no curve
 
 

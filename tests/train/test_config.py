@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 
+from model.build import build_decoder
 from train.config import check_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,13 +43,23 @@ def test_every_option_of_a_group_is_valid(group, option):
     check_config(resolved("+experiment=quickstart", f"{group}={option}", "device=cpu", *whole))
 
 
-def test_the_64k_recipe_has_the_size_it_says():
-    from model.build import build_decoder
-
-    raw = resolved("+experiment=nsa_64k")
+def parameters(raw):
     with torch.device("meta"):
         model = build_decoder(raw["model"], raw["attention"], raw["tokenizer"]["vocab_size"])
-    assert 140e6 < model.num_parameters() < 160e6
+    return model.num_parameters()
+
+
+@pytest.mark.parametrize("family, largest", [("8k", 160e6), ("64k", 160e6), ("small_64k", 30e6)])
+def test_recipes_differ_in_the_attention_alone(family, largest):
+    """Of one size within 1 %: what NSA spends on keys and values, the others have in the feed-forward."""
+    raws = {name: resolved(f"+experiment={name}_{family}") for name in ("nsa", "full", "sliding")}
+    sizes = [parameters(raw) for raw in raws.values()]
+    assert max(sizes) < largest and max(sizes) < 1.01 * min(sizes)
+    for name, raw in raws.items():
+        assert raw.pop("attention")["_target_"].rpartition(".")[2].lower() == f"{name}attention"
+        assert raw.pop("name") == f"{name}_{family}"
+        assert raw["model"].pop("ffn_dim") > 0
+        assert raw == raws["nsa"]
 
 
 @pytest.mark.parametrize(

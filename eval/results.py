@@ -1,0 +1,145 @@
+"""A comparison as Markdown with figures that are small enough to be kept beside a README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from eval.compare import clock, loss_rows, overview_rows, ruler_rows
+from eval.heatmap import save_heatmaps
+from eval.report import Run, load_run
+
+Rows = Sequence[Sequence[str]]
+
+
+def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: str) -> Path:
+    """Write <folder>/results.md and the pictures in <folder>/figures; returns the first's path.
+
+    views: run folders by what they have in common, such as "equal tokens"; the first of each is what
+    the others are compared with. command is the one that made them.
+    """
+    folders = dict.fromkeys(f for group in views.values() for f in group)
+    known = {f: load_run(f) for f in folders}
+    groups = {title: [known[f] for f in group] for title, group in views.items() if group}
+    runs = list(known.values())
+    figures = folder / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    parts = ["# Comparison", _setting(runs), f"    {command}"]
+    for title, group in groups.items():
+        parts += [f"## Loss at {title}", markdown(loss_rows(group))]
+    parts.append(_picture("Validation loss", _save_losses(runs, figures / "loss.png")))
+    parts += ["## Speed and memory", markdown(overview_rows(runs))]
+    for title, group in groups.items():
+        having = {run.name: run.needle for run in group if run.needle}
+        if having:
+            path = figures / f"needle_{title.replace(' ', '_')}.png"
+            save_heatmaps(having, path)
+            parts += [f"## Needle in a haystack, {title}", _picture(title, path)]
+            parts.append(markdown(needle_rows([run for run in group if run.needle])))
+    if having := [run for run in runs if run.ruler]:
+        parts += ["## RULER", "Share of the expected strings in the answer, in %."]
+        parts.append(markdown(ruler_rows(having, named=True)))
+    if having := [run for run in runs if run.position]:
+        path = _save_positions(having, figures / "position.png")
+        parts += ["## Loss by position", _picture("Loss by position and by context", path)]
+        parts.append(markdown(_curves(having, "position", "by_position", "position", "loss")))
+        parts.append(markdown(_curves(having, "position", "by_context", "context", "loss")))
+    if having := [run for run in runs if run.recall]:
+        parts.append("## Associative recall by distance")
+        parts.append(markdown(_curves(having, "recall", "by_distance", "distance", "accuracy")))
+    path = folder / "results.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def _setting(runs: Sequence[Run]) -> str:
+    """Machines, versions, commits and data; more than one of each only if the runs differ."""
+    names = ("device", "torch", "triton", "deepspeed", "commit")
+    facts = [
+        f"{name}: {' / '.join(found)}"
+        for name in names
+        if (found := dict.fromkeys(str(run.environment.get(name) or "unknown") for run in runs))
+    ]
+    for run in runs[:1]:
+        weights = run.data.get("weights", {})
+        shares = ", ".join(f"{name} {w / sum(weights.values()):.0%}" for name, w in weights.items())
+        facts.append(f"data: {run.data.get('name', 'unknown')}{f' ({shares})' if shares else ''}")
+        facts.append(f"sequences: {run.config['train']['seq_len']:,} tokens")
+    return "; ".join(facts) + ". Minutes are of training, each step at the median pace."
+
+
+def needle_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Mean over depths, in %: a row for each run, task and score, a column for each length."""
+    lengths = sorted({row["length"] for run in runs for row in run.needle["by_length"]})
+    rows = [("run", "task", "answer", *(f"{n:,}" for n in lengths))]
+    for run in runs:
+        for task in run.needle["chance"]:
+            at = {r["length"]: r for r in run.needle["by_length"] if r["task"] == task}
+            for score, what in (("generation", "generated"), ("ranking", "ranked first")):
+                shares = [f"{100 * at[n][score]:.1f}" if n in at else "–" for n in lengths]
+                rows.append((run.name, task.replace("_", "-"), what, *shares))
+    return rows
+
+
+def _curves(runs: Sequence[Run], evaluation: str, curve: str, x: str, y: str) -> Rows:
+    """A row for each x of a curve, a column for each run."""
+    curves = [{r[x]: r[y] for r in getattr(run, evaluation)[curve]} for run in runs]
+    xs = sorted({value for at in curves for value in at})
+    body = [
+        (f"{value:,}", *(f"{at[value]:.3f}" if value in at else "–" for at in curves))
+        for value in xs
+    ]
+    return [(f"{x} (tokens)", *(run.name for run in runs)), *body]
+
+
+def markdown(rows: Rows) -> str:
+    """The first row is the head, the first column the rows' names."""
+    head, *body = rows
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *body))
+
+
+def _picture(title: str, path: Path) -> str:
+    return f"![{title}]({path.parent.name}/{path.name})"
+
+
+def _save_losses(runs: Sequence[Run], path: Path) -> Path:
+    """Validation loss against tokens and against time."""
+    curves = []
+    for run in runs:
+        seconds = clock(run.training)
+        at = {m["tokens"]: s / 60 for m, s in zip(run.training, seconds, strict=True)}
+        points = [(m["tokens"] / 1e6, at.get(m["tokens"]), m["val/loss"]) for m in run.validation]
+        curves.append([p for p in points if p[1] is not None])
+    panels = {"million tokens": 0, "minutes of training": 1}
+    lines = {x: [[(p[i], p[2]) for p in points] for points in curves] for x, i in panels.items()}
+    return _save_lines(runs, lines, "validation loss (nats per token)", path)
+
+
+def _save_positions(runs: Sequence[Run], path: Path) -> Path:
+    lines = {
+        title: [[(r[key], r["loss"]) for r in run.position[f"by_{key}"]] for run in runs]
+        for key, title in (("position", "position in the window, from"),
+                           ("context", "tokens of context before the window's last"))
+    }  # fmt: skip
+    return _save_lines(runs, lines, "loss (nats per token)", path, log=True)
+
+
+def _save_lines(
+    runs: Sequence[Run], panels: Mapping[str, list], y: str, path: Path, log: bool = False
+) -> Path:
+    """A panel for each x axis, with a line of (x, y) points for each run."""
+    figure = Figure((11, 4), layout="constrained")
+    for axes, (x, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for run, points in zip(runs, lines, strict=True):
+            axes.plot(*zip(*points, strict=True) if points else ([], []), ".-", label=run.name)
+        if log:
+            axes.set_xscale("log", base=2)
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=90)
+    return path

@@ -1,0 +1,38 @@
+"""Markdown and figures of a comparison."""
+
+from eval.compare import clock
+from eval.heatmap import save_heatmaps
+from eval.results import write_results
+from tests.eval.test_compare import run, runs  # noqa: F401
+
+
+def test_tables_and_figures(runs):  # noqa: F811
+    folders = [runs / name for name in ("rich", "plain", "bare")]
+    path = write_results({"equal tokens": folders, "equal time": folders[:1]}, runs, "the command")
+    text = path.read_text()
+    for words in ("## Loss at equal time", "    the command", "| +0.0000 |", "| bare", "37.5",
+                  "## Associative recall", "| position (tokens) |", "| 25.0 |"):  # fmt: skip
+        assert words in text, words
+    for name in ("loss", "position", "needle_equal_tokens", "needle_equal_time"):
+        assert f"(figures/{name}.png)" in text
+        assert (runs / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_large_heatmap_is_small_enough_to_keep(tmp_path):
+    cells = [
+        {"task": "single", "length": 4096 << i, "depth": 10.0 * d, "samples": 8,
+         "generation": (3 * i + d) % 8 / 8, "ranking": (i + d) % 8 / 8}
+        for i in range(5) for d in range(11)
+    ]  # fmt: skip
+    results = {"cells": cells, "chance": {"single": 0.125}}
+    save_heatmaps({f"{name}_small_64k_same_time": results for name in "abc"}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size < 150_000
+
+
+def test_the_clock_counts_a_step_that_compiles_like_any_other():
+    speeds = [1.0, 10, 10, 10, 2, 20, 20]
+    steps = [
+        {"tokens": 10 * (i + 1), "tokens_per_s": speed, "seq_len": 64 if i < 4 else 32}
+        for i, speed in enumerate(speeds)
+    ]
+    assert clock(steps) == [1, 2, 3, 4, 4.5, 5, 5.5]
