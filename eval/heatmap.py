@@ -17,23 +17,23 @@ def save_heatmap(results: dict, path: Path) -> None:
 
     The map, cividis, is even in lightness and reads the same with colour-blind eyes.
     """
-    panels = [
-        [(_title(results, task, score), results, task, score) for score in TITLES]
-        for task in results["chance"]
-    ]
+    panels = [[("", results, task, score) for score in TITLES] for task in results["chance"]]
     title = f"Needle in a haystack, step {results['step']:,}, {_samples(results)} samples a cell"
     _save(panels, title, path, dpi=150)
 
 
 def save_heatmaps(runs: Mapping[str, dict], path: Path) -> None:
-    """The same of several runs by name: a column for each, a row for each task and score."""
-    first = next(iter(runs.values()))
+    """The same of several runs by name: a column for each, a row for each task and score.
+
+    Where a run was not measured on a task, its place stays empty.
+    """
+    tasks = dict.fromkeys(task for results in runs.values() for task in results["chance"])
     panels = [
-        [(f"{name}\n{_title(results, task, score)}", results, task, score)
-         for name, results in runs.items()]
-        for task in first["chance"] for score in TITLES
+        [(f"{name}\n", results, task, score) for name, results in runs.items()]
+        for task in tasks for score in TITLES
     ]  # fmt: skip
-    _save(panels, f"Needle in a haystack, {_samples(first)} samples a cell", path, dpi=80)
+    samples = " / ".join(dict.fromkeys(map(_samples, runs.values())))
+    _save(panels, f"Needle in a haystack, {samples} samples a cell", path, dpi=80)
 
 
 def _title(results: dict, task: str, score: str) -> str:
@@ -41,12 +41,12 @@ def _title(results: dict, task: str, score: str) -> str:
     return f"{task.replace('_', '-')}: {TITLES[score]}{chance}"
 
 
-def _samples(results: dict) -> int:
-    return results["cells"][0]["samples"]
+def _samples(results: dict) -> str:
+    return str(results["cells"][0]["samples"])
 
 
 def _save(panels: list[list[tuple[str, dict, str, str]]], title: str, path: Path, dpi: int) -> None:
-    """panels: rows of (title, results, task, score)."""
+    """panels: rows of (what its title begins with, results, task, score)."""
     cells = [cell for _, results, *_ in panels[0] for cell in results["cells"]]
     lengths, depths = len({c["length"] for c in cells}), len({c["depth"] for c in cells})
     width, height = max(2.2 + 0.75 * lengths, 4.2), max(1.9 + 0.42 * depths, 3.4)
@@ -54,8 +54,11 @@ def _save(panels: list[list[tuple[str, dict, str, str]]], title: str, path: Path
     rows = figure.subplots(len(panels), len(panels[0]), sharey=True, squeeze=False)
     for axes, row in zip(rows, panels, strict=True):
         for panel, (name, results, task, score) in zip(axes, row, strict=True):
+            if task not in results["chance"]:
+                panel.set_axis_off()
+                continue
             image = _draw(panel, results, task, score)
-            panel.set_title(name, fontsize=10)
+            panel.set_title(name + _title(results, task, score), fontsize=10)
         axes[0].set_ylabel("depth of the needle (%)")
     bar = figure.colorbar(image, ax=rows, label="accuracy (%)", pad=0.02, aspect=30)
     bar.outline.set_visible(False)

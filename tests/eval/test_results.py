@@ -1,7 +1,11 @@
 """Markdown and figures of a comparison."""
 
+import json
+import shutil
+
 from eval.compare import clock
 from eval.heatmap import save_heatmaps
+from eval.report import write_comparison
 from eval.results import write_results
 from tests.eval.test_compare import run, runs  # noqa: F401
 
@@ -16,6 +20,21 @@ def test_tables_and_figures(runs):  # noqa: F811
     for name in ("loss", "position", "needle_equal_tokens", "needle_equal_time"):
         assert f"(figures/{name}.png)" in text
         assert (runs / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_measured_on_different_tasks(runs):  # noqa: F811
+    """As in a comparison whose evaluations were changed, until all runs have the new ones."""
+    shutil.copytree(runs / "rich" / "eval" / "needle", runs / "plain" / "eval" / "needle")
+    (path,) = (runs / "plain" / "eval" / "needle").glob("*.json")
+    results = json.loads(path.read_text())
+    for rows in (results["by_length"], results["cells"]):
+        rows += [row | {"task": "multi_key", "length": 7777} for row in rows]
+    path.write_text(json.dumps(results | {"chance": {"single": 0.25, "multi_key": 0.25}}))
+    for order in (["rich", "plain"], ["plain", "rich"]):
+        views = {"equal tokens": [runs / name for name in order]}
+        text = write_results(views, runs, "the command").read_text()
+        assert "| multi-key | generated | –" in text
+        assert "multi-key" in write_comparison(views["equal tokens"], runs / "c.html").read_text()
 
 
 def test_a_large_heatmap_is_small_enough_to_keep(tmp_path):
