@@ -96,7 +96,7 @@ class Comparison:
                     f"{self.folder} holds a comparison with {key} {before[key]}, not {value}; go on "
                     "with that one, or give another output_dir=…"
                 )
-        path.write_text(yaml.safe_dump(now, sort_keys=False))
+        _write(path, yaml.safe_dump(now, sort_keys=False))
 
     def run(self) -> None:
         """All steps that are not done yet. Raises ChildProcessError when one fails."""
@@ -106,9 +106,9 @@ class Comparison:
         for recipe in [first, *(others if same_tokens else ())]:
             self.train(recipe, recipe, tokens)
         if "time" in self.settings.views:
-            seconds = self.seconds(first)
+            _, seconds = self.tokens_and_seconds(first)
             for recipe in others:
-                speed = tokens / self.seconds(recipe) if same_tokens else self.short_run(recipe)
+                speed = self.speed(recipe) if same_tokens else self.short_run(recipe)
                 self.train(recipe, recipe + SUFFIX, round(seconds * speed))
 
     def train(self, recipe: str, name: str, tokens: int) -> None:
@@ -125,15 +125,21 @@ class Comparison:
         self.report()
 
     def short_run(self, recipe: str) -> float:
-        """Training tokens per second of a recipe, from a run of a few steps."""
+        """The speed of a recipe, from a run of a few steps."""
         name = f"{recipe}_speed"
         short = f"train.max_steps={SPEED_STEPS}", "log.wandb=disabled"
         self.step(name, "train/pretrain.py", self._training(recipe, name, *short))
-        return load_run(self.folder / name).training[-1]["tokens"] / self.seconds(name)
+        return self.speed(name)
 
-    def seconds(self, name: str) -> float:
-        """What a run's training took."""
-        return clock(load_run(self.folder / name).training)[-1]
+    def speed(self, name: str) -> float:
+        """A run's training tokens per second."""
+        tokens, seconds = self.tokens_and_seconds(name)
+        return tokens / seconds
+
+    def tokens_and_seconds(self, name: str) -> tuple[int, float]:
+        """A run's training tokens and seconds."""
+        steps = load_run(self.folder / name).training
+        return steps[-1]["tokens"], clock(steps)[-1]
 
     def _training(self, recipe: str, name: str, *budget: str) -> list[str]:
         fixed = f"name={name}", "train.resume=auto", f"device={self.settings.device}"
@@ -152,6 +158,8 @@ class Comparison:
         started, status = time.time(), None
         if not self.stopped:
             self.child = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+            if self.stopped:  # while it was being started
+                self.child.send_signal(self.stopped)
             status = self.child.wait()
         if self.stopped:
             print("stopped; the same command goes on from here", flush=True)
@@ -159,9 +167,7 @@ class Comparison:
         if status:
             raise ChildProcessError(f"{name}: {script} ended with status {status}; see above.")
         self.steps[key] = round(time.time() - started, 1)
-        partial = self.steps_path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.steps, indent=1))
-        os.replace(partial, self.steps_path)
+        _write(self.steps_path, json.dumps(self.steps, indent=1))
 
     def stop(self, number: int, frame) -> None:
         """Pass a signal on: a training saves and ends, and this process with it."""
@@ -186,6 +192,13 @@ class Comparison:
         write_results(views, self.folder, self.command)
 
 
+def _write(path: Path, text: str) -> None:
+    """The old file or the new one is there, whenever this is killed."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
 def _spell(value) -> str:
     """A setting as Hydra reads it from a command line."""
     if isinstance(value, list):
@@ -203,7 +216,7 @@ def main(arguments: list[str]) -> None:
             config = compose("compare", command_line(ours))
         command = shlex.join(["python", "scripts/compare.py", *arguments])
         comparison = Comparison(from_config(CompareSettings, config, "compare"), overrides, command)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, comparison.stop)
         comparison.run()
     except (HydraException, ValueError, OSError) as error:

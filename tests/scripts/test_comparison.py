@@ -1,6 +1,7 @@
 """The comparison from its command to its results, tiny; and what it decides, without training."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ TINY = [
     "data.sources.novels.path=data/austen/northanger_abbey.txt",
     "data.sources.novels.validation.path=null", "data.sources.novels.validation.fraction=0.02",
     "train.seq_len=1024", "train.batch_tokens=2048", "train.micro_batch_tokens=2048",
-    "train.validation_tokens=2048", "log.wandb=disabled",
+    "train.validation_tokens=2048", "train.compile=false", "log.wandb=disabled",
 ]  # fmt: skip
 
 
@@ -142,6 +143,29 @@ def test_interrupted_anywhere_it_takes_the_same_steps(tmp_path, budget):
         again.steps = first.steps
         again.run()
         assert again.steps == whole.steps
+
+
+def test_a_signal_reaches_the_step_that_runs(tmp_path):
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import os, signal, sys\n"
+        "def save(number, frame):\n"
+        f"    open({str(tmp_path / 'saved')!r}, 'w').close()\n"
+        "    sys.exit()\n"
+        "signal.signal(signal.SIGUSR1, save)\n"
+        "os.kill(os.getppid(), signal.SIGUSR1)\n"
+        "signal.pause()\n"
+    )
+    settings = fake(tmp_path).settings
+    comparison = Comparison(settings, ["data=austen"], "the command")
+    before = signal.signal(signal.SIGUSR1, comparison.stop)
+    try:
+        with pytest.raises(SystemExit) as error:
+            comparison.step("nsa_8k", str(child), [])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert error.value.code == 128 + signal.SIGUSR1
+    assert (tmp_path / "saved").exists() and not comparison.steps
 
 
 def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
