@@ -103,7 +103,8 @@ class DecoderLM:
 
     def _score(self, prompts: Sequence[list[int]], continuations: Sequence[list[int]]):
         """One continuation for each prompt -> its log-probability."""
-        logits, total = self.model.logits(self._read(prompts)), 0.0
+        logits = self.model.logits(self._read(prompts))
+        total = torch.zeros(len(prompts), device=self.device)
         lengths = torch.tensor([len(c) for c in continuations], device=self.device)
         # A shorter one is fed zeros past its end, which count nothing.
         targets = torch.tensor([*zip_longest(*continuations, fillvalue=0)], device=self.device)

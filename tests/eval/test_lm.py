@@ -54,13 +54,17 @@ def test_scores_and_continuations(attention):
         assert logprobs.sum() == pytest.approx(total, abs=1e-3)
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_one_cache_and_its_graph_serve_batch_after_batch(attention):
-    sizes = SIZES | {"head_dim": 64}
-    model = decoder({"model": sizes, "attention": ATTENTIONS[attention]}, 50).cuda()
+def test_one_cache_and_its_graph_serve_batch_after_batch(attention, device):
+    sizes = SIZES | {"head_dim": 64, "kv_conv": 4}
+    model = decoder({"model": sizes, "attention": ATTENTIONS[attention]}, 50).to(device)
+    with torch.no_grad():  # the convolution starts as the identity, where a mistake could hide
+        for name, parameter in model.named_parameters():
+            parameter += 0.3 * torch.randn_like(parameter) * ("_conv" in name)
     lm = DecoderLM(model, (), reserve=16)
     draw = torch.Generator().manual_seed(2)
+    caches = []
     for length in (70, 64, 90):
         prompts = [torch.randint(50, (n,), generator=draw).tolist() for n in (length, length - 9)]
         candidates = [torch.randint(50, (n,), generator=draw).tolist() for n in (3, 8, 1)]
@@ -72,6 +76,13 @@ def test_one_cache_and_its_graph_serve_batch_after_batch(attention):
                 assert score == pytest.approx(float(logprobs[len(prompt) - 1 :].sum()), abs=2e-2)
             [(_, greedy)] = lm.logprobs([prompt + new])
             assert greedy[len(prompt) - 1 :].all()
+        caches.append(lm._cache)
+    assert caches[0] is caches[1] is not caches[2]  # the last does not fit
+
+
+def test_a_continuation_without_tokens_costs_nothing():
+    lm = DecoderLM(decoder({"model": SIZES, "attention": ATTENTIONS["full"]}, 50), ())
+    assert lm.score([[1, 2], [3]], [[[]], [[]]]) == [[0.0], [0.0]]
 
 
 def test_a_continuation_beyond_the_reserve_makes_room():
