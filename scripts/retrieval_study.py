@@ -305,9 +305,10 @@ def worker(jobs, results, settings: Settings, device: torch.device, deadline: fl
         results.put((run, result, error))
 
 
-def run_all(runs: list[Run], settings: Settings, options) -> Iterator[dict]:
+def run_all(
+    runs: list[Run], settings: Settings, options, device: torch.device
+) -> Iterator[dict]:
     """Results as they come; says what failed and how many were left."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     deadline, left = time.time() + options.seconds, []
     spawn = mp.get_context("spawn")
     jobs, results = spawn.Queue(), spawn.Queue()
@@ -424,10 +425,11 @@ def main() -> None:
     done = {(r["name"], r["seed"]) for r in known if r["step"] == r["steps"]}
     runs = [run for run in runs if (run.name, run.seed) not in done]
     if runs:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        machine = {"environment": environment(device)}
         with open(out, "a", buffering=1) as file:
-            for result in run_all(runs, settings, options):
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                file.write(json.dumps(result | {"environment": environment(device)}) + "\n")
+            for result in run_all(runs, settings, options, device):
+                file.write(json.dumps(result | machine) + "\n")
                 known.append(result)
                 print(
                     f"{result['name']}, seed {result['seed']}, step {result['step']}: accuracy "

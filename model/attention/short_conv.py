@@ -32,9 +32,9 @@ class ShortConv(nn.Module):
         x: Tensor,
         positions: Tensor,
         cu_seqlens: Tensor,
-        cache: LayerCache | None = None,
-        exchange: HeadExchange | None = None,
-        name: str = "x",
+        cache: LayerCache | None,
+        exchange: HeadExchange | None,
+        name: str,
     ) -> Tensor:
         """x [T, C] -> [T, C]; positions int64 [T] are counted from the documents' first tokens.
 
