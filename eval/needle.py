@@ -78,7 +78,7 @@ def score_samples(
         if not all(map(math.isfinite, logprobs)):
             raise ValueError(f"The model's log-probabilities are not finite: {logprobs}.")
         text = tokenizer.decode(tokens)
-        values = [sample.candidates[i] for i in sample.answers]
+        values = [sample.candidates[place] for place in sample.answers]
         best = sorted(range(len(logprobs)), key=logprobs.__getitem__, reverse=True)[: len(values)]
         yield {
             "generation": sum(v.lower() in text.lower() for v in values) / len(values),

@@ -55,18 +55,15 @@ def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: st
 
 
 def _setting(runs: Sequence[Run]) -> str:
-    """Machines, versions, commits and data; more than one of each only if the runs differ."""
+    """Machines, versions and commits, several where the runs differ; data and lengths of the first."""
     names = ("device", "torch", "triton", "deepspeed", "commit")
-    facts = [
-        f"{name}: {' / '.join(found)}"
-        for name in names
-        if (found := dict.fromkeys(str(run.environment.get(name) or "unknown") for run in runs))
-    ]
-    for run in runs[:1]:
-        weights = run.data.get("weights", {})
-        shares = ", ".join(f"{name} {w / sum(weights.values()):.0%}" for name, w in weights.items())
-        facts.append(f"data: {run.data.get('name', 'unknown')}{f' ({shares})' if shares else ''}")
-        facts.append(f"sequences: {run.config['train']['seq_len']:,} tokens")
+    found = {name: [str(run.environment.get(name) or "unknown") for run in runs] for name in names}
+    facts = [f"{name}: {' / '.join(dict.fromkeys(values))}" for name, values in found.items()]
+    data, config = runs[0].data, runs[0].config
+    weights = data.get("weights", {})
+    shares = ", ".join(f"{name} {w / sum(weights.values()):.0%}" for name, w in weights.items())
+    facts.append(f"data: {data.get('name', 'unknown')}{f' ({shares})' if shares else ''}")
+    facts.append(f"sequences: {config['train']['seq_len']:,} tokens")
     return "; ".join(facts) + ". Minutes are of training, each step at the median pace."
 
 

@@ -2,8 +2,8 @@
 
     y_t = sum_j weight_j * x_(t - j),  j < W, over tokens of t's document
 
-Triton on CUDA (short_conv_triton.py), the plain torch twin here on any other device: as one operator,
-since composed of torch's own it would hold a dozen fp32 copies of x for the backward pass.
+Triton on CUDA (short_conv_triton.py), the plain torch twin here on any other device. It is one operator
+because a composition of torch's own would hold a dozen fp32 copies of x for the backward pass.
 """
 
 from __future__ import annotations

@@ -305,9 +305,7 @@ def worker(jobs, results, settings: Settings, device: torch.device, deadline: fl
         results.put((run, result, error))
 
 
-def run_all(
-    runs: list[Run], settings: Settings, options, device: torch.device
-) -> Iterator[dict]:
+def run_all(runs: list[Run], settings: Settings, options, device: torch.device) -> Iterator[dict]:
     """Results as they come; says what failed and how many were left."""
     deadline, left = time.time() + options.seconds, []
     spawn = mp.get_context("spawn")
@@ -390,18 +388,8 @@ def main() -> None:
     add("--steps", type=int, default=1200, help="of a run")
     add("--warmup", type=int, default=100, help="steps in which the learning rate rises")
     add("--compile", action="store_true", help="torch.compile: half a minute each, then faster")
-    add(
-        "--selection-kl",
-        type=float,
-        default=0.0,
-        help="weight of NSA's lesson (model/importance.py)",
-    )
-    add(
-        "--dense-warmup",
-        type=float,
-        default=0.0,
-        help="share of the steps; NSA selects all in them",
-    )
+    add("--selection-kl", type=float, default=0.0, help="weight of model/importance.py's lesson")
+    add("--dense-warmup", type=float, default=0.0, help="share of steps in which NSA selects all")
     add("overrides", nargs="*", help="of conf/, added to every variant and its name")
     options = parser.parse_args()
     chosen = {n: o for n, o in variants().items() if any(fnmatch(n, p) for p in options.only)}

@@ -87,6 +87,5 @@ def test_the_script(tmp_path, tokenizer):
     for row in results["by_distance"]:
         layers = [row[f"selected/layer_{i:02d}"] for i in range(len(model.blocks))]
         assert all(0 <= share <= 1 for share in layers)
-        assert row["distance"] > 2 or layers == [1.0] * len(
-            layers
-        )  # the own block or the one before
+        # Up to three tokens back is the own block or the one before.
+        assert row["distance"] > 2 or set(layers) == {1.0}
