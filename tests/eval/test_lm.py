@@ -6,6 +6,7 @@ import torch
 from eval import lm as lm_module
 from eval.lm import DecoderLM, batches
 from model.generate import feed, generate
+from model.probe import BlockRecall
 from tests.eval.tiny import decoder
 
 SIZES = {
@@ -68,7 +69,10 @@ def test_one_cache_and_its_graph_serve_batch_after_batch(attention, device):
     for length in (70, 64, 90):
         prompts = [torch.randint(50, (n,), generator=draw).tolist() for n in (length, length - 9)]
         candidates = [torch.randint(50, (n,), generator=draw).tolist() for n in (3, 8, 1)]
-        [scores, others] = lm.score(prompts, [candidates] * 2)
+        with BlockRecall(*torch.zeros(2, 1, dtype=torch.int64)) as probe:  # as needle.py asks
+            [scores, others] = lm.score(prompts, [candidates] * 2)
+        layers = len(model.blocks) if attention == "nsa" else 0
+        assert [share.tolist() for share in probe.found] == [[1.0]] * layers
         continued = lm.generate(prompts, 5)
         for prompt, found, new in zip(prompts, (scores, others), continued, strict=True):
             for candidate, score in zip(candidates, found, strict=True):
