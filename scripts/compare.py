@@ -81,20 +81,24 @@ class Comparison:
         self.stopped = 0  # by this signal
 
     def _check_same(self) -> None:
-        """Raises ValueError if the folder holds runs of another budget or with other overrides."""
+        """Raises ValueError if the folder holds runs of another budget or with other overrides.
+
+        A command whose first training refused its settings has left no run, and binds nothing.
+        """
         path = self.folder / "comparison.yaml"
         now = {
             "first recipe": self.settings.recipes[0],
             "tokens": self.settings.tokens,
             "minutes": self.settings.minutes,
-            "overrides": self.overrides,
+            "overrides": shlex.join(self.overrides),
         }
-        before = yaml.safe_load(path.read_text()) if path.exists() else now
+        begun = path.exists() and any(self.folder.glob("*/config.yaml"))
+        before = yaml.safe_load(path.read_text()) if begun else now
         for key, value in now.items():
             if before[key] != value:
                 raise ValueError(
-                    f"{self.folder} holds a comparison with {key} {before[key]}, not {value}; go on "
-                    "with that one, or give another output_dir=…"
+                    f"{self.folder} holds a comparison with {key} {before[key] or 'none'}, not "
+                    f"{value or 'none'}; go on with that one, or give another output_dir=…"
                 )
         _write(path, yaml.safe_dump(now, sort_keys=False))
 
@@ -208,6 +212,8 @@ def _spell(value) -> str:
 
 def main(arguments: list[str]) -> None:
     """What is not a key of conf/compare.yaml is an override of every training."""
+    if {"-h", "--help"} & set(arguments):
+        return print(f"{__doc__}\n{(ROOT / 'conf' / 'compare.yaml').read_text()}", end="")
     keys = OmegaConf.load(ROOT / "conf" / "compare.yaml")
     ours = [a for a in arguments if re.split(r"[.=]", a.lstrip("+~"))[0] in keys]
     overrides = [a for a in arguments if a not in ours]

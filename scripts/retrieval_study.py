@@ -51,6 +51,12 @@ from train.telemetry import environment
 STATES, KEYS, VALUES = 32, 256, 256  # kinds of tokens, in this order
 SUCCESSORS = (0.55, 0.25, 0.12, 0.08)  # probabilities of the chain's next states
 QUERY_HEADS = 8
+LEGEND = """\
+accuracy    share of the values asked for that are the likeliest token; far: from half the length away
+block       share of heads that select the first occurrence's block, in the layer where most do;
+            chance: of as many blocks drawn at random; both from an eighth of the length away
+chain loss  nats per token of the text around the pairs
+(low .. high) is the range over seeds"""
 # About four million parameters; heads as the kernels have them.
 SIZES = [
     "model=tiny", "model.dim=256", "model.num_layers=4", f"model.num_heads={QUERY_HEADS}",
@@ -328,7 +334,7 @@ def run_all(runs: list[Run], settings: Settings, options, device: torch.device) 
     for process in workers:
         process.join()
     if left:
-        print(f"{len(left)} runs did not fit into --seconds; the same command continues with them.")
+        print(f"{len(left)} runs were not begun within --seconds; the same command goes on with them.")
 
 
 def _next(results, workers):
@@ -374,7 +380,9 @@ def _range(values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--out", default="outputs/retrieval_study.jsonl", help="results, a line each")
     add("--only", nargs="*", default=["*"], help="variants by name; * and ? match anything")
@@ -420,12 +428,13 @@ def main() -> None:
                 file.write(json.dumps(result | machine) + "\n")
                 known.append(result)
                 print(
-                    f"{result['name']}, seed {result['seed']}, step {result['step']}: accuracy "
-                    f"{result['accuracy']:.3f}, {result['seconds']:.0f} s",
+                    f"{result['name']}, seed {result['seed']}, step {result['step']} of "
+                    f"{result['steps']}: accuracy {result['accuracy']:.3f}, "
+                    f"{result['seconds']:.0f} s",
                     flush=True,
                 )
     if finished := [r for r in known if r["step"] == r["steps"]]:
-        print(table(finished))
+        print(f"\n{table(finished)}\n\n{LEGEND}")
 
 
 if __name__ == "__main__":

@@ -169,12 +169,13 @@ def test_a_signal_reaches_the_step_that_runs(tmp_path):
 
 
 def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
-    fake(tmp_path)
+    fake(tmp_path, overrides=["data=nonsense"])  # no run begins, and so the next may correct it
+    fake(tmp_path).run()
     fake(tmp_path, recipes=["nsa_8k", "sliding_8k"], views=["tokens"])  # more of the same
     with pytest.raises(ValueError, match="holds a comparison with tokens 3000000, not 5;"):
         fake(tmp_path, tokens=5)
-    with pytest.raises(ValueError, match="overrides"):
-        fake(tmp_path, overrides=["data=folder"])
+    with pytest.raises(ValueError, match="overrides data=austen, not data=folder train.seq_len=9;"):
+        fake(tmp_path, overrides=["data=folder", "train.seq_len=9"])
 
 
 @pytest.mark.parametrize(
@@ -191,3 +192,8 @@ def test_a_mistake_is_one_sentence(arguments, message, tmp_path):
     with pytest.raises(SystemExit, match=message) as error:
         main([*arguments, f"output_dir={tmp_path}"])
     assert "\n" not in str(error.value)
+
+
+def test_help_says_what_can_be_set(capsys):
+    main(["--help"])
+    assert "evaluate:" in capsys.readouterr().out
