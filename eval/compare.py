@@ -15,20 +15,28 @@ if TYPE_CHECKING:
     from eval.report import Run
 
 Points = list[tuple[float, float]]
+LOSS_NOTE = "Losses in nats per token; minutes are of training, each step at the median pace."
 
 
 def comparison(runs: Sequence[Run], views: Mapping[str, Sequence[Run]]) -> str:
     """The body of a page about several runs; views are groups of them with something in common."""
     names = ", ".join(run.name for run in runs)
     losses = "".join(
-        f"<h2>Loss at {escape(title)}</h2><figure>{table(loss_rows(group))}</figure>"
+        f"<h2>Loss at {escape(title)}</h2><figure>{table(loss_rows(group))}"
+        f"<p>{LOSS_NOTE}</p></figure>"
         for title, group in views.items()
     )
     overview = f"<h2>Overview</h2><figure>{table(overview_rows(runs))}</figure>"
     return (
         f"<header><h1>Comparison</h1><p>{escape(names)}</p></header>"
-        f"{losses}{overview}{_curves(runs)}{_needles(runs)}{long_context(runs)}"
+        f"{losses}{overview}{_curves(runs, lines_note(views))}{_needles(runs)}{long_context(runs)}"
     )
+
+
+def lines_note(views: Mapping[str, Sequence[Run]]) -> str:
+    """What the lines' styles mean, for more than one group of runs."""
+    later = " or ".join(list(views)[1:])
+    return f"A colour for each recipe; dashed: runs of the comparison at {later}." if later else ""
 
 
 def clock(steps: Sequence[dict]) -> list[float]:
@@ -68,8 +76,8 @@ def loss_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 def overview_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """A row for each run; a dash where it has no such number."""
-    head = ("run", "attention", "parameters", "tokens", "hours", "bits per byte", "tokens/s", "MFU",
-            "memory (GB)")  # fmt: skip
+    head = ("run", "attention", "parameters", "tokens", "wall-clock hours", "bits per byte",
+            "tokens/s", "MFU", "memory (GB)")  # fmt: skip
     rows = [head]
     for run in runs:
         steps = run.training
@@ -102,34 +110,36 @@ def _show(value: float | None, form: Callable[[float], str]) -> str:
     return "–" if value is None else form(value)
 
 
-def _curves(runs: Sequence[Run]) -> str:
+def _curves(runs: Sequence[Run], note: str) -> str:
     def of(x: str, y: str, side: str = "training") -> list[Points]:
         return [[(m[x], m[y]) for m in getattr(run, side) if m.get(y) is not None] for run in runs]
 
     smoothed = [smooth(points) for points in of("tokens", "loss")]
-    hours = [{m["tokens"]: s / 3600 for m, s in zip(run.training, clock(run.training), strict=True)}
-             for run in runs]  # fmt: skip
+    seconds = [dict(zip((m["tokens"] for m in run.training), clock(run.training), strict=True))
+               for run in runs]  # fmt: skip
+    longest = max(max(at.values(), default=0) for at in seconds)
+    unit, length = ("hours", 3600) if longest > 7200 else ("minutes", 60)
 
     def by_time(curves: list[Points]) -> list[Points]:
-        return [[(at[t], y) for t, y in points if t in at]
-                for at, points in zip(hours, curves, strict=True)]  # fmt: skip
+        return [[(at[t] / length, y) for t, y in points if t in at]
+                for at, points in zip(seconds, curves, strict=True)]  # fmt: skip
 
     held_out = of("tokens", "val/bpb", "validation")
     charts = [
-        _chart("Training loss against tokens", runs, smoothed),
-        _chart("Training loss against time", runs, by_time(smoothed), x_name="hours"),
+        _chart("Training loss (nats per token)", runs, smoothed),
+        _chart("Training loss against time", runs, by_time(smoothed), x_name=f"{unit} of training"),
         _chart("Bits per byte of held-out text", runs, held_out),
-        _chart("Bits per byte against time", runs, by_time(held_out), x_name="hours"),
+        _chart("Bits per byte against time", runs, by_time(held_out), x_name=f"{unit} of training"),
         _chart("Tokens per second", runs, [smooth(p) for p in of("tokens", "tokens_per_s")]),
         _chart("Memory at its peak (GB)", runs, of("tokens", "memory_gb")),
     ]
-    return f'<h2>Training</h2><div class="grid two">{"".join(charts)}</div>'
+    note = f'<p class="quiet">{escape(note)}</p>' if note else ""
+    return f'<h2>Training</h2>{note}<div class="grid two">{"".join(charts)}</div>'
 
 
 def _chart(title: str, runs: Sequence[Run], points: Sequence[Points], **options) -> str:
-    """One line for each run; the ninth has the first one's colour again."""
-    pairs = enumerate(zip(runs, points, strict=True))
-    series = [Series(run.name, own, f"run{i % 8}") for i, (run, own) in pairs]
+    """One line for each run."""
+    series = [Series(run.name, own, run.style) for run, own in zip(runs, points, strict=True)]
     return line_chart(title, series, **options)
 
 
@@ -145,7 +155,11 @@ def _needles(runs: Sequence[Run]) -> str:
         for score, what in (("generation", "answer generated"), ("ranking", "answer ranked first")):
             title = f"{task.replace('_', '-')}: {what}"
             means = [
-                [(r["length"], r[score]) for r in run.needle["by_length"] if r["task"] == task]
+                [
+                    (r["length"], 100 * r[score])
+                    for r in run.needle["by_length"]
+                    if r["task"] == task
+                ]
                 for run in having
             ]
             grids = ""
@@ -156,7 +170,7 @@ def _needles(runs: Sequence[Run]) -> str:
             options = {"x_name": "context length in tokens", "powers": True}
             parts.append(
                 f'<h3>{title}</h3><div class="grid two">{grids}'
-                f"{_chart('Mean over depths', having, means, **options)}</div>"
+                f"{_chart('Accuracy in %, mean over depths', having, means, **options)}</div>"
             )
     return f"<h2>Needle in a haystack</h2>{''.join(parts)}"
 
@@ -167,25 +181,18 @@ def long_context(runs: Sequence[Run]) -> str:
 
 
 def ruler_rows(having: Sequence[Run], named: bool) -> list[tuple[str, ...]]:
-    """The paper's table: a row for each task, a column for each run and length, in %."""
-    at = {
-        (cell["task"], i, cell["length"]): 100 * cell["score"]
-        for i, run in enumerate(having)
-        for cell in run.ruler["cells"]
-    }
-    tasks = dict.fromkeys(task for task, _, _ in at)
-    columns = list(dict.fromkeys((i, length) for _, i, length in at))
-    name = (lambda i: f"{having[i].name}, ") if named else (lambda i: "")
-    rows = [("task", *(f"{name(i)}{length:,}" for i, length in columns))]
-    for task in tasks:
-        scores = [at.get((task, *column)) for column in columns]
-        rows.append((task, *(_show(score, "{:.1f}".format) for score in scores)))
-    means = []
-    for column in columns:
-        scores = [at[task, *column] for task in tasks if (task, *column) in at]
-        means.append(f"{statistics.fmean(scores):.1f}")
-    rows.append(("mean", *means))
-    return rows
+    """A row for each run and length, a column for each task and their mean, in %. Not named, of one
+    run, with rows and columns exchanged: all 13 tasks fit on a page."""
+    tasks = list(dict.fromkeys(cell["task"] for run in having for cell in run.ruler["cells"]))
+    rows = [("run", "length", *tasks, "mean")]
+    for run in having:
+        at: dict[int, dict[str, float]] = {}
+        for cell in run.ruler["cells"]:
+            at.setdefault(cell["length"], {})[cell["task"]] = 100 * cell["score"]
+        for length, scores in at.items():
+            shown = [*map(scores.get, tasks), statistics.fmean(scores.values())]
+            rows.append((run.name, f"{length:,}", *(_show(x, "{:.1f}".format) for x in shown)))
+    return rows if named else list(zip(*(row[1:] for row in rows), strict=True))
 
 
 def _ruler(runs: Sequence[Run]) -> str:
@@ -217,14 +224,17 @@ def _recall(runs: Sequence[Run]) -> str:
     having = [run for run in runs if run.recall]
     if not having:
         return ""
-    points = [[(r["distance"], r["accuracy"]) for r in run.recall["by_distance"]] for run in having]
+    points = [
+        [(r["distance"], 100 * r["accuracy"]) for r in run.recall["by_distance"]] for run in having
+    ]
     x_name = "distance in tokens, from"
-    charts = _chart("Accuracy", having, points, x_name=x_name, powers=True)
+    charts = _chart("Accuracy in %", having, points, x_name=x_name, powers=True)
     sparse = [run for run in having if "selected/chance" in run.recall["by_distance"][0]]
     if sparse:
-        title = "Heads that select the true block, in the layer with the most"
+        title = "Heads that select the true block in %, in the layer with the most"
         points = [
-            [(r["distance"], best_layer(r)) for r in run.recall["by_distance"]] for run in sparse
+            [(r["distance"], 100 * best_layer(r)) for r in run.recall["by_distance"]]
+            for run in sparse
         ]
         charts += _chart(title, sparse, points, x_name=x_name, powers=True)
     return f'<h2>Associative recall by distance</h2><div class="grid two">{charts}</div>'

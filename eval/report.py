@@ -57,6 +57,7 @@ class Run:
     data: dict
     num_parameters: int | None
     baseline: dict | None = None  # which takes a while: of a run's own page alone
+    style: str = "run0"  # CSS class of its lines beside those of other runs
 
     @property
     def name(self) -> str:
@@ -90,6 +91,23 @@ def load_run(folder: str | Path) -> Run:
         data=_json(folder / "data_summary.json") or {},
         num_parameters=_num_parameters(folder),
     )
+
+
+def load_views(
+    folders: Sequence[Path], views: Mapping[str, Sequence[Path]]
+) -> tuple[list[Run], dict[str, list[Run]]]:
+    """Runs of these folders, and groups of them by what they have in common.
+
+    A run's place in its group gives its lines' colour, so a recipe has one; a run that comes in
+    later groups alone has dashed lines.
+    """
+    groups = {title: list(group) for title, group in views.items() if group}
+    styles: dict[Path, str] = {}
+    for number, group in enumerate(groups.values() or [folders]):
+        for place, folder in enumerate(group):
+            styles.setdefault(folder, f"run{place % 8}{' dashed' if number else ''}")
+    runs = {f: replace(load_run(f), style=styles.get(f, "run0")) for f in folders}
+    return list(runs.values()), {title: [runs[f] for f in g] for title, g in groups.items()}
 
 
 def _metrics(path: Path) -> list[dict]:
@@ -160,11 +178,9 @@ def write_comparison(
 
     views: groups of the runs whose last losses are to be compared, by what they have in common.
     """
-    runs = {folder: load_run(folder) for folder in folders}
-    groups = {title: [runs[f] for f in group] for title, group in (views or {}).items() if group}
+    runs, groups = load_views(folders, views or {})
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = comparison(list(runs.values()), groups)
-    path.write_text(_page("Comparison", body), encoding="utf-8")
+    path.write_text(_page("Comparison", comparison(runs, groups)), encoding="utf-8")
     return path
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from eval.compare import clock, loss_rows, overview_rows, ruler_rows
+from eval.accuracy import best_layer
+from eval.compare import LOSS_NOTE, clock, lines_note, loss_rows, overview_rows, ruler_rows
 from eval.heatmap import save_heatmaps
-from eval.report import Run, load_run
+from eval.report import Run, load_views
 
 Rows = Sequence[Sequence[str]]
+CSS = Path(__file__).with_name("report.css").read_text()
+COLOURS = dict(re.findall(r"--(run\d): (#\w+)", CSS))  # of the page's light side
 
 
 def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: str) -> Path:
@@ -20,23 +24,25 @@ def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: st
     views: run folders by what they have in common, such as "equal tokens"; the first of each is what
     the others are compared with. command is the one that made them.
     """
-    folders = dict.fromkeys(f for group in views.values() for f in group)
-    known = {f: load_run(f) for f in folders}
-    groups = {title: [known[f] for f in group] for title, group in views.items() if group}
-    runs = list(known.values())
+    folders = list(dict.fromkeys(f for group in views.values() for f in group))
+    runs, groups = load_views(folders, views)
     figures = folder / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     parts = ["# Comparison", _setting(runs), f"    {command}"]
     for title, group in groups.items():
         parts += [f"## Loss at {title}", markdown(loss_rows(group))]
     parts.append(_picture("Validation loss", _save_losses(runs, figures / "loss.png")))
+    parts += filter(None, [lines_note(groups)])
     parts += ["## Speed and memory", markdown(overview_rows(runs))]
     for title, group in groups.items():
         having = {run.name: run.needle for run in group if run.needle}
         if having:
             path = figures / f"needle_{title.replace(' ', '_')}.png"
             save_heatmaps(having, path)
-            parts += [f"## Needle in a haystack, {title}", _picture(title, path)]
+            parts += [f"## Needle in a haystack, {title}", _picture(f"Needle, {title}", path)]
+            parts.append(
+                "Mean over depths, in %. Ranked first: the right value is the likeliest one."
+            )
             parts.append(markdown(needle_rows([run for run in group if run.needle])))
     if having := [run for run in runs if run.ruler]:
         parts += ["## RULER", "Share of the expected strings in the answer, in %."]
@@ -44,11 +50,14 @@ def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: st
     if having := [run for run in runs if run.position]:
         path = _save_positions(having, figures / "position.png")
         parts += ["## Loss by position", _picture("Loss by position and by context", path)]
-        parts.append(markdown(_curves(having, "position", "by_position", "position", "loss")))
-        parts.append(markdown(_curves(having, "position", "by_context", "context", "loss")))
+        parts.append("Nats per token, by position from, and of the same tokens by their context.")
+        parts += (markdown(position_rows(having, key)) for key in ("position", "context"))
     if having := [run for run in runs if run.recall]:
-        parts.append("## Associative recall by distance")
-        parts.append(markdown(_curves(having, "recall", "by_distance", "distance", "accuracy")))
+        parts += ["## Associative recall by distance", "Accuracy in %, by distance from."]
+        parts.append(markdown(recall_rows(having, lambda row: row["accuracy"])))
+        if sparse := [r for r in having if "selected/chance" in r.recall["by_distance"][0]]:
+            parts.append("Heads that select the true block, in %, in the layer where most do.")
+            parts.append(markdown(recall_rows(sparse, best_layer)))
     path = folder / "results.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -64,7 +73,7 @@ def _setting(runs: Sequence[Run]) -> str:
     shares = ", ".join(f"{name} {w / sum(weights.values()):.0%}" for name, w in weights.items())
     facts.append(f"data: {data.get('name', 'unknown')}{f' ({shares})' if shares else ''}")
     facts.append(f"sequences: {config['train']['seq_len']:,} tokens")
-    return "; ".join(facts) + ". Minutes are of training, each step at the median pace."
+    return "; ".join(facts) + f". {LOSS_NOTE}"
 
 
 def needle_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
@@ -80,15 +89,25 @@ def needle_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _curves(runs: Sequence[Run], evaluation: str, curve: str, x: str, y: str) -> Rows:
-    """A row for each x of a curve, a column for each run."""
-    curves = [{r[x]: r[y] for r in getattr(run, evaluation)[curve]} for run in runs]
-    xs = sorted({value for at in curves for value in at})
-    body = [
-        (f"{value:,}", *(f"{at[value]:.3f}" if value in at else "–" for at in curves))
-        for value in xs
+def position_rows(runs: Sequence[Run], key: str) -> Rows:
+    """Losses in nats by "position" or "context"."""
+    curves = [{row[key]: f"{row['loss']:.3f}" for row in r.position[f"by_{key}"]} for r in runs]
+    return _by_tokens(runs, key, curves)
+
+
+def recall_rows(runs: Sequence[Run], share: Callable[[dict], float]) -> Rows:
+    """A share of each row of the recall's results, in %."""
+    curves = [
+        {row["distance"]: f"{100 * share(row):.1f}" for row in run.recall["by_distance"]}
+        for run in runs
     ]
-    return [(f"{x} (tokens)", *(run.name for run in runs)), *body]
+    return _by_tokens(runs, "distance", curves)
+
+
+def _by_tokens(runs: Sequence[Run], name: str, curves: Sequence[Mapping[int, str]]) -> Rows:
+    """A row for each number of tokens, a column for each run."""
+    body = [(f"{n:,}", *(at.get(n, "–") for at in curves)) for n in sorted(set().union(*curves))]
+    return [(f"{name} (tokens)", *(run.name for run in runs)), *body]
 
 
 def markdown(rows: Rows) -> str:
@@ -131,9 +150,15 @@ def _save_lines(
     figure = Figure((11, 4), layout="constrained")
     for axes, (x, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for run, points in zip(runs, lines, strict=True):
-            axes.plot(*zip(*points, strict=True) if points else ([], []), ".-", label=run.name)
+            colour, *dashed = run.style.split()
+            line = {"color": COLOURS[colour], "linestyle": "--" if dashed else "-"}
+            xs, ys = zip(*points, strict=True) if points else ((), ())
+            axes.plot(xs, ys, marker=".", label=run.name, **line)
         if log:
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+        else:
+            axes.set_xlim(left=0)
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -90,15 +90,18 @@ class Comparison:
             "first recipe": self.settings.recipes[0],
             "tokens": self.settings.tokens,
             "minutes": self.settings.minutes,
-            "overrides": shlex.join(self.overrides),
+            "overrides": self.overrides,
         }
         begun = path.exists() and any(self.folder.glob("*/config.yaml"))
         before = yaml.safe_load(path.read_text()) if begun else now
         for key, value in now.items():
             if before[key] != value:
+                old, new = (
+                    shlex.join(x) if isinstance(x, list) else x for x in (before[key], value)
+                )
                 raise ValueError(
-                    f"{self.folder} holds a comparison with {key} {before[key] or 'none'}, not "
-                    f"{value or 'none'}; go on with that one, or give another output_dir=…"
+                    f"{self.folder} holds a comparison with {key} {old or 'none'}, not "
+                    f"{new or 'none'}; go on with that one, or give another output_dir=…"
                 )
         _write(path, yaml.safe_dump(now, sort_keys=False))
 
@@ -161,9 +164,15 @@ class Comparison:
         print(f"\n$ python {shlex.join(command)}", flush=True)
         started, status = time.time(), None
         if not self.stopped:
-            self.child = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+            # Ctrl-C reaches the whole foreground: a child that only Python would handle it for
+            # would leave a traceback. stop() tells it to end instead.
+            self.child = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            )
             if self.stopped:  # while it was being started
-                self.child.send_signal(self.stopped)
+                self.child.terminate()
             status = self.child.wait()
         if self.stopped:
             print("stopped; the same command goes on from here", flush=True)
@@ -174,10 +183,10 @@ class Comparison:
         _write(self.steps_path, json.dumps(self.steps, indent=1))
 
     def stop(self, number: int, frame) -> None:
-        """Pass a signal on: a training saves and ends, and this process with it."""
+        """End the child, before which a training saves, and this process with it."""
         self.stopped = number
         if self.child:
-            self.child.send_signal(number)
+            self.child.terminate()
 
     def report(self) -> None:
         """Pages and tables of what has been trained so far."""

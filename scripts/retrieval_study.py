@@ -334,7 +334,9 @@ def run_all(runs: list[Run], settings: Settings, options, device: torch.device) 
     for process in workers:
         process.join()
     if left:
-        print(f"{len(left)} runs were not begun within --seconds; the same command goes on with them.")
+        print(
+            f"{len(left)} runs were not begun within --seconds; the same command goes on with them."
+        )
 
 
 def _next(results, workers):
