@@ -63,7 +63,7 @@ def test_a_recipe_has_one_colour_and_what_comes_later_is_dashed(runs):
     rich, plain, bare = (runs / n for n in ("rich", "plain", "bare"))
     views = {"equal tokens": [rich, bare], "equal time": [rich, plain]}
     loaded, groups = load_views([rich, bare, plain], views)
-    assert [run.style for run in loaded] == ["run0", "run1", "run1 dashed"]
+    assert [one.style for one in loaded] == ["run0", "run1", "run1 dashed"]
     assert groups["equal time"] == [loaded[0], loaded[2]]
     page = Page(write_comparison([rich, bare, plain], runs / "c.html", views).read_text())
     assert "dashed: runs of the comparison at equal time" in page.text
