@@ -29,11 +29,12 @@ class Series(NamedTuple):
 
 def line_chart(
     title: str, series: Sequence[Series], log: bool = False, x_name: str = "tokens",
-    powers: bool = False,
+    powers: bool = False, percent: bool = False,
 ) -> str:  # fmt: skip
     """A figure of series over tokens, or over x_name. Styles may also be run0 to run7.
 
-    log makes the vertical axis logarithmic; powers the horizontal one, with ticks at powers of two.
+    log makes the vertical axis logarithmic; powers the horizontal one, with ticks at powers of two;
+    percent has the vertical one go from 0 to 100.
     Values that can't be drawn (not finite, or not positive on a log axis) are left out and counted
     in the caption. Returns an empty string if nothing remains.
     """
@@ -49,7 +50,10 @@ def line_chart(
     x_ticks = power_ticks(min(xs), max(xs)) if powers else ticks(0, max(xs))
     x_low, x_high = x_ticks[0], max(max(xs), x_ticks[-1])
     x_scale = math.log if powers else float
-    y_ticks = log_ticks(min(ys), max(ys)) if log else ticks(min(ys), max(ys))
+    if percent:
+        y_ticks = ticks(0, 100)
+    else:
+        y_ticks = log_ticks(min(ys), max(ys)) if log else ticks(min(ys), max(ys))
     low, high = min(*ys, y_ticks[0]), max(*ys, y_ticks[-1])
     scale = math.log if log else float
 

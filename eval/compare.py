@@ -167,7 +167,7 @@ def _needles(runs: Sequence[Run]) -> str:
                 cells = [cell for cell in run.needle["cells"] if cell["task"] == task]
                 chance = f", chance {100 * run.needle['chance'][task]:.3g} %"
                 grids += heat_table(f"{run.name}{chance * (score == 'ranking')}", cells, score)
-            options = {"x_name": "context length in tokens", "powers": True}
+            options = {"x_name": "context length in tokens", "powers": True, "percent": True}
             parts.append(
                 f'<h3>{title}</h3><div class="grid two">{grids}'
                 f"{_chart('Accuracy in %, mean over depths', having, means, **options)}</div>"
@@ -228,7 +228,7 @@ def _recall(runs: Sequence[Run]) -> str:
         [(r["distance"], 100 * r["accuracy"]) for r in run.recall["by_distance"]] for run in having
     ]
     x_name = "distance in tokens, from"
-    charts = _chart("Accuracy in %", having, points, x_name=x_name, powers=True)
+    charts = _chart("Accuracy in %", having, points, x_name=x_name, powers=True, percent=True)
     sparse = [run for run in having if "selected/chance" in run.recall["by_distance"][0]]
     if sparse:
         title = "Heads that select the true block in %, in the layer with the most"
@@ -236,5 +236,5 @@ def _recall(runs: Sequence[Run]) -> str:
             [(r["distance"], 100 * best_layer(r)) for r in run.recall["by_distance"]]
             for run in sparse
         ]
-        charts += _chart(title, sparse, points, x_name=x_name, powers=True)
+        charts += _chart(title, sparse, points, x_name=x_name, powers=True, percent=True)
     return f'<h2>Associative recall by distance</h2><div class="grid two">{charts}</div>'

@@ -15,7 +15,7 @@ from eval.report import Run, load_views
 
 Rows = Sequence[Sequence[str]]
 CSS = Path(__file__).with_name("report.css").read_text()
-COLOURS = dict(re.findall(r"--(run\d): (#\w+)", CSS))  # of the page's light side
+COLOURS = dict(re.findall(r"--(run\d): (#\w+)", CSS)[:8])  # of the page's light side
 
 
 def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: str) -> Path:
