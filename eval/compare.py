@@ -213,7 +213,7 @@ def _position(runs: Sequence[Run]) -> str:
     curves = []
     for key, title, x_name in (
         ("position", "Loss by position (nats per token)", "position in the window, from"),
-        ("context", "Loss of the same tokens by context", "tokens of context"),
+        ("context", "Loss of the same tokens by context (nats per token)", "tokens of context"),
     ):
         points = [[(r[key], r["loss"]) for r in run.position[f"by_{key}"]] for run in having]
         curves.append(_chart(title, having, points, x_name=x_name, powers=True))
@@ -231,10 +231,13 @@ def _recall(runs: Sequence[Run]) -> str:
     charts = _chart("Accuracy in %", having, points, x_name=x_name, powers=True, percent=True)
     sparse = [run for run in having if "selected/chance" in run.recall["by_distance"][0]]
     if sparse:
-        title = "Heads that select the true block in %, in the layer with the most"
-        points = [
-            [(r["distance"], 100 * best_layer(r)) for r in run.recall["by_distance"]]
-            for run in sparse
-        ]
-        charts += _chart(title, sparse, points, x_name=x_name, powers=True, percent=True)
+        title = "Heads that select the true block, in %, in the layer where most do"
+        series = []
+        for run in sparse:
+            rows = run.recall["by_distance"]
+            shares = [(r["distance"], 100 * best_layer(r)) for r in rows]
+            drawn = [(r["distance"], 100 * r["selected/chance"]) for r in rows]
+            series.append(Series(run.name, shares, run.style))
+            series.append(Series("by chance", drawn, f"{run.style} faint"))
+        charts += line_chart(title, series, x_name=x_name, powers=True, percent=True)
     return f'<h2>Associative recall by distance</h2><div class="grid two">{charts}</div>'

@@ -56,8 +56,11 @@ def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: st
         parts += ["## Associative recall by distance", "Accuracy in %, by distance from."]
         parts.append(markdown(recall_rows(having, lambda row: row["accuracy"])))
         if sparse := [r for r in having if "selected/chance" in r.recall["by_distance"][0]]:
-            parts.append("Heads that select the true block, in %, in the layer where most do.")
-            parts.append(markdown(recall_rows(sparse, best_layer)))
+            parts.append(
+                "Heads that select the true block, in %, in the layer where most do; in brackets, "
+                "of as many blocks drawn at random."
+            )
+            parts.append(markdown(recall_rows(sparse, best_layer, lambda r: r["selected/chance"])))
     path = folder / "results.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -95,10 +98,14 @@ def position_rows(runs: Sequence[Run], key: str) -> Rows:
     return _by_tokens(runs, key, curves)
 
 
-def recall_rows(runs: Sequence[Run], share: Callable[[dict], float]) -> Rows:
-    """A share of each row of the recall's results, in %."""
+def recall_rows(runs: Sequence[Run], *shares: Callable[[dict], float]) -> Rows:
+    """A share of each row of the recall's results in %, and another in brackets."""
+    form = "{:.1f} ({:.1f})" if len(shares) == 2 else "{:.1f}"
     curves = [
-        {row["distance"]: f"{100 * share(row):.1f}" for row in run.recall["by_distance"]}
+        {
+            row["distance"]: form.format(*(100 * share(row) for share in shares))
+            for row in run.recall["by_distance"]
+        }
         for run in runs
     ]
     return _by_tokens(runs, "distance", curves)

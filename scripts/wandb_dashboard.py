@@ -103,6 +103,18 @@ def _records(data: bytes) -> Iterator[bytes]:
             record = b""
 
 
+def listing(names: set[str]) -> list[str]:
+    """A line for each group of series: what all layers have counts once, of a picture only its name."""
+    pictures = {name.removesuffix("/_type") for name in names if name.endswith("/_type")}
+    groups: dict[str, dict[str, None]] = {}
+    for name in sorted(names):
+        head, _, last = name.rpartition("/")
+        shown = head if head in pictures and last not in pictures else name
+        group, _, rest = re.sub(r"layer_\d+", "layer_…", shown).partition("/")
+        groups.setdefault(group if rest else "", {})[rest or group] = None
+    return [f"{group or 'alone'}: {', '.join(rest)}" for group, rest in sorted(groups.items())]
+
+
 def missing(names: set[str]) -> dict[str, list[str]]:
     """Panels that would stay empty -> their series that nothing in `names` matches."""
     empty = {}
@@ -166,10 +178,10 @@ def main(config: DictConfig) -> None:
         if settings.run:
             run = resolve_path(settings.run)
             names = recorded(run)
-            print(f"{len(names)} series: {', '.join(sorted(names))}")
+            print(f"{len(names)} series", *listing(names), sep="\n  ")
             for title, absent in missing(names).items():
                 print(f"empty panel: {title} ({', '.join(absent)})")
-            print(f"{add_heatmaps(run)} needle heatmaps added")
+            print(f"needle heatmaps added: {add_heatmaps(run)}")
             print(f"upload with: wandb sync {run}/wandb/offline-run-*")
         if settings.project:
             if not settings.entity:

@@ -15,7 +15,8 @@ def test_tables_and_figures(runs):  # noqa: F811
     path = write_results({"equal tokens": folders, "equal time": folders[:1]}, runs, "the command")
     text = path.read_text()
     for words in ("## Loss at equal time", "    the command", "| +0.0000 |", "| bare", "37.5",
-                  "## Associative recall", "| position (tokens) |", "| 25.0 |"):  # fmt: skip
+                  "## Associative recall", "| position (tokens) |", "| 25.0 |",
+                  "(10.0) |"):  # fmt: skip
         assert words in text, words
     for name in ("loss", "position", "needle_equal_tokens", "needle_equal_time"):
         assert f"(figures/{name}.png)" in text

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.wandb_dashboard import SECTIONS, add_heatmaps, missing, recorded, workspace
+from scripts.wandb_dashboard import SECTIONS, add_heatmaps, listing, missing, recorded, workspace
 from tests.train.ranks import pretrain
 
 
@@ -14,6 +14,17 @@ def test_an_offline_run_fills_every_panel(tmp_path, monkeypatch):
     assert missing(names) == {}
     assert missing(names - {"loss"}) == {"Training loss (nats per token)": ["loss"]}
     assert add_heatmaps(tmp_path / "run") == 0  # none were made
+
+
+def test_series_are_listed_by_group():
+    names = {"loss", "gates/window/layer_00", "gates/window/layer_01", "val/loss"}
+    names |= {"needle/_type", "needle/sha256", "needle/single/512/ranking"}
+    assert listing(names) == [
+        "alone: loss, needle",
+        "gates: window/layer_…",
+        "needle: single/512/ranking",
+        "val: loss",
+    ]
 
 
 def test_a_run_without_wandb_is_one_sentence(tmp_path):
