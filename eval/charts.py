@@ -66,9 +66,9 @@ def line_chart(
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
 
     svg = []
-    for tick in y_ticks:
+    for tick, shown in zip(y_ticks, labels(y_ticks), strict=True):
         svg.append(f'<path class="grid" d="M{LEFT} {y(tick):.1f}H{WIDTH - RIGHT}"/>')
-        svg.append(f'<text class="end" x="{LEFT - 7}" y="{y(tick) + 4:.1f}">{si(tick)}</text>')
+        svg.append(f'<text class="end" x="{LEFT - 7}" y="{y(tick) + 4:.1f}">{shown}</text>')
     label = "{:,}".format if powers else si
     for tick in x_ticks:
         svg.append(f'<text class="middle" x="{x(tick):.1f}" y="{HEIGHT - 21}">{label(tick)}</text>')
@@ -150,12 +150,21 @@ def power_ticks(low: float, high: float) -> list[int]:
     return [2**i for i in range(first, max(last, first + 1) + step, step)]
 
 
-def si(value: float) -> str:
+def labels(values: Sequence[float]) -> list[str]:
+    """si of each, with as many digits as tell them apart."""
+    for digits in range(3, 9):
+        shown = [si(value, digits) for value in values]
+        if len(set(shown)) == len(set(values)):
+            break
+    return shown
+
+
+def si(value: float, digits: int = 3) -> str:
     """1500000 -> 1.5M; small numbers as they are."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
-            return f"{value / limit:.4g}{unit}"
-    return f"{value:.3g}"
+            return f"{value / limit:.{digits + 1}g}{unit}"
+    return f"{value:.{digits}g}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

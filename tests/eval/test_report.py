@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from eval.accuracy import summarize
-from eval.charts import Series, line_chart, log_ticks, smooth, thin, ticks
+from eval.charts import Series, labels, line_chart, log_ticks, smooth, thin, ticks
 from eval.report import write_report
 from tests.eval.conftest import run_script
 
@@ -164,6 +164,12 @@ def test_ticks_are_round_and_cover():
     for low, high in ((0.3, 12), (5, 5), (1e-6, 1e6), (1, 1)):
         found = log_ticks(low, high)
         assert found[0] <= low * 1.001 and found[-1] >= high * 0.999 and len(found) >= 2
+
+
+def test_labels_differ_as_their_ticks_do():
+    assert labels([6.996, 6.9962, 6.9964]) == ["6.996", "6.9962", "6.9964"]
+    assert labels([0, 500, 1000, 1250]) == ["0", "500", "1k", "1.25k"]
+    assert labels([1.0]) == ["1"]
 
 
 def test_charts_of_little_or_nothing():
