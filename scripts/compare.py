@@ -164,8 +164,8 @@ class Comparison:
         print(f"\n$ python {shlex.join(command)}", flush=True)
         started, status = time.time(), None
         if not self.stopped:
-            # Ctrl-C reaches the whole foreground: a child that only Python would handle it for
-            # would leave a traceback. stop() tells it to end instead.
+            # Ctrl-C reaches the child too, where it would end an evaluation with a traceback; the
+            # child ignores it (a training sets a handler of its own), and stop() ends it.
             self.child = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=ROOT,
