@@ -145,14 +145,15 @@ def test_interrupted_anywhere_it_takes_the_same_steps(tmp_path, budget):
         assert again.steps == whole.steps
 
 
-def test_a_signal_reaches_the_step_that_runs(tmp_path):
+def test_a_signal_ends_the_step_that_runs(tmp_path):
     child = tmp_path / "child.py"
     child.write_text(
         "import os, signal, sys\n"
         "def save(number, frame):\n"
         f"    open({str(tmp_path / 'saved')!r}, 'w').close()\n"
         "    sys.exit()\n"
-        "signal.signal(signal.SIGUSR1, save)\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # Ctrl-C is the parent's\n"
+        "signal.signal(signal.SIGTERM, save)\n"
         "os.kill(os.getppid(), signal.SIGUSR1)\n"
         "signal.pause()\n"
     )
