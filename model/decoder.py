@@ -8,7 +8,7 @@ no attention across them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import (
 import kernels.dense  # noqa: F401  registers nsa::window
 import kernels.nsa.ops  # noqa: F401  registers nsa::attention
 from model.attention.base import Attention
+from model.attention.full import FullAttention
 from model.attention.short_conv import ShortConv
 from model.cache import Cache, LayerCache
 from model.layers import Rope, Rotary, SwiGLU
@@ -78,8 +79,8 @@ class Decoder(nn.Module):
     """Token numbers to logits, or to the loss.
 
     attention(dim=…, num_heads=…, num_kv_heads=…, head_dim=…, qk_norm=…, output_gate=…, norm_eps=…,
-    kv_conv=…) builds one layer's attention. head_dim defaults to dim // num_heads. Raises ValueError
-    when sizes do not fit together.
+    kv_conv=…) builds one layer's attention; the layers full_layers, counted from 0, have full attention
+    instead. head_dim defaults to dim // num_heads. Raises ValueError when sizes do not fit together.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Decoder(nn.Module):
         qk_norm: bool = True,
         output_gate: bool = True,
         kv_conv: int = 0,
+        full_layers: Sequence[int] = (),
         tie_embeddings: bool = True,
         norm_eps: float = 1e-6,
         rope_base: float = 10000.0,
@@ -111,6 +113,10 @@ class Decoder(nn.Module):
                     "another number of heads or set model.head_dim."
                 )
             head_dim = dim // num_heads
+        if outside := [i for i in full_layers if not 0 <= i < num_layers]:
+            raise ValueError(
+                f"model.full_layers: there is no layer {outside[0]}; they are 0 to {num_layers - 1}."
+            )
         self.logit_softcap, self.z_loss = logit_softcap, z_loss
         self.embedding = nn.Embedding(vocab_size, dim)
         self.rotary = Rotary(head_dim, rope_base, yarn_factor, yarn_original_length)
@@ -119,7 +125,13 @@ class Decoder(nn.Module):
             output_gate=output_gate, norm_eps=norm_eps, kv_conv=kv_conv,
         )  # fmt: skip
         self.blocks = nn.ModuleList(
-            Block(dim, ffn_dim, attention(dim=dim, **shared), norm_eps) for _ in range(num_layers)
+            Block(
+                dim,
+                ffn_dim,
+                (FullAttention if i in full_layers else attention)(dim=dim, **shared),
+                norm_eps,
+            )
+            for i in range(num_layers)
         )
         self.norm = nn.RMSNorm(dim, norm_eps)
         self.head = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)

@@ -93,7 +93,7 @@ def hf_config(checkpoint: Checkpoint) -> dict:
         "dtype": str(checkpoint.model.embedding.weight.dtype).removeprefix("torch."),
     }
     kind = attention["_target_"].rpartition(".")[2]
-    extras = ("output_gate", "kv_conv", "logit_softcap")
+    extras = ("output_gate", "kv_conv", "logit_softcap", "full_layers")
     plain = not any(model[key] for key in extras) and model["yarn_factor"] == 1
     stock = STOCK.get((kind, model["qk_norm"])) if plain else None
     if stock is None:

@@ -237,8 +237,10 @@ class NsaLmForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         sizes = config.model
         self.embedding = nn.Embedding(config.vocab_size, sizes["dim"])
+        full = {"_target_": "FullAttention"}
         self.blocks = nn.ModuleList(
-            Block(sizes, config.attention) for _ in range(sizes["num_layers"])
+            Block(sizes, full if i in sizes.get("full_layers", ()) else config.attention)
+            for i in range(sizes["num_layers"])
         )
         self.norm = nn.RMSNorm(sizes["dim"], sizes["norm_eps"])
         tied = sizes["tie_embeddings"]

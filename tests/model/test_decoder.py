@@ -22,6 +22,7 @@ ATTENTIONS = {
     "nsa": NSA,
     "nsa_mlp": NSA | dict(compression="mlp"),
     "nsa_mean": NSA | dict(compression="mean", compress_stride=4),
+    "nsa_and_full": NSA,
 }
 CONVOLVED = {f"{name}_conv": ATTENTIONS[name] for name in ("full", "sliding", "nsa")}
 VOCAB = 40
@@ -32,6 +33,7 @@ LENGTHS = [37, 1, 5, 20]
 def model(request):
     torch.manual_seed(0)
     sizes = MODEL | dict(kv_conv=4 if request.param in CONVOLVED else 0)
+    sizes |= dict(full_layers=[1] if request.param == "nsa_and_full" else [])
     model = build_decoder(sizes, (ATTENTIONS | CONVOLVED)[request.param], VOCAB).double()
     with torch.no_grad():  # gates and scores start at zero, where a mistake could hide
         for parameter in model.parameters():
@@ -167,6 +169,7 @@ def test_activation_checkpointing_changes_nothing_but_what_is_computed_twice(mod
         (dict(num_kv_heads=3), "full", "num_kv_heads=3"),
         (dict(dim=26), "full", "model.dim=26"),
         (dict(kv_conv=1), "full", "model.kv_conv=1; give it 2"),
+        (dict(full_layers=[9]), "nsa", "no layer 9"),
         (dict(num_layer=2), "full", r"did you mean model.num_layers\?"),
         ({}, dict(_target_="model.attention.nsa.NSAAttention", windw=3), "attention.windw"),
         ({}, dict(_target_="model.attention.nsa.NSAAttention", compression="x"), "choose one of"),

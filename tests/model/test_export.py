@@ -38,6 +38,7 @@ CASES = {
                                "logit_softcap": 5.0}, "NsaLmForCausalLM"),
     "nsa": (NSA, {}, "NsaLmForCausalLM"),
     "nsa, mlp": (NSA | {"compression": "mlp", "num_local": 1}, {**STOCK, "kv_conv": 4}, "NsaLmForCausalLM"),
+    "nsa, one full": (NSA, {"full_layers": [0]}, "NsaLmForCausalLM"),
     "nsa, mean": (NSA | {"compression": "mean"}, {"tie_embeddings": False}, "NsaLmForCausalLM"),
 }  # fmt: skip
 
