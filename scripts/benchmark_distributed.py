@@ -2,10 +2,11 @@
 
     python scripts/benchmark_distributed.py --ranks 2 --out results.json --seconds 460
 
-Real launches of train/pretrain.py, each with a time limit of its own, on the embedded corpus: data
-parallelism under ZeRO 1 to 3 at 8k and 64k, sequence parallelism at 64k and 128k, resuming on fewer
-ranks, a signal and a kill on one rank, and both launchers. Results are written after every part, and
-no part starts after --seconds. Overrides on the command line are added to every run: the rehearsal is
+Real launches of train/pretrain.py, each with a time limit of its own, on the embedded novels as one
+document: data parallelism under ZeRO 1 to 3 at 8k and 64k, sequence parallelism at 64k, 128k and
+beyond, resuming on fewer ranks, a signal and a kill on one rank, and both launchers. Results are
+written after every part, and no part starts after --seconds. Overrides on the command line are added
+to every run: the rehearsal is
 
     python scripts/benchmark_distributed.py --lengths 256 512 device=cpu model=tiny \\
         tokenizer.vocab_size=512 train.batch_tokens=2048
@@ -171,11 +172,18 @@ def main() -> None:
     options.overrides += rest
     bench, ranks = Bench(options), options.ranks
     short, long = options.lengths
-    steps = [f"train.max_steps={options.steps}", "train.compile=false"]
+    novels = bench.runs / "novels.txt"
+    parts = sorted((ROOT / "data" / "austen").glob("*.txt"))
+    novels.write_text("\n\n".join(part.read_text(encoding="utf-8") for part in parts))
+    shared = [
+        "+experiment=nsa_64k", "data=folder", f"data.path={novels}", "tokenizer.vocab_size=8192",
+        f"train.max_steps={options.steps}", "train.compile=false",
+    ]  # fmt: skip
 
     def recipe(length: int, attention: str) -> list[str]:
-        sizes = [f"train.seq_len={length}", f"train.micro_batch_tokens={length}"]
-        return ["+experiment=nsa_64k", "data=austen", f"attention={attention}", *sizes, *steps]
+        """Passes of one long sequence, or of as many tokens in short ones."""
+        sizes = [f"train.seq_len={length}", f"train.micro_batch_tokens={max(length, long)}"]
+        return [*shared, f"attention={attention}", *sizes]
 
     # One GPU: both lengths at once, on two GPUs, after the data is prepared by the first.
     alone = {
@@ -207,10 +215,10 @@ def main() -> None:
         )
     split = f"parallel.sequence={ranks}"
     for attention, one in (("nsa", "alone_nsa"), ("full", "alone_full")):
-        for length, beside in ((long, alone[one]), (2 * long, {})):
+        for times, beside in ((1, alone[one]), (2, {})):
             bench.part(
-                f"{ranks} ranks share a sequence of {length}, {attention}",
-                lambda a=attention, n=length, b=beside: bench.compared(
+                f"{ranks} ranks share a sequence of {times * long}, {attention}",
+                lambda a=attention, n=times * long, b=beside: bench.compared(
                     b, f"u{a}{n}", ranks, *recipe(n, a), split
                 ),
             )
@@ -228,6 +236,16 @@ def main() -> None:
         "the deepspeed launcher",
         lambda: bench.run("ds", ranks, *recipe(short, "full"), launcher="deepspeed"),
     )
+    # Longer ones, whose activations do not all fit.
+    for times, recompute in ((4, "selective"), (8, "full")):
+        sizes = [f"train.batch_tokens={times * long}", "train.max_steps=3"]
+        memory = f"train.activation_checkpointing={recompute}"
+        for attention in ("nsa", "full"):
+            how = [*recipe(times * long, attention), *sizes, memory, split]
+            bench.part(
+                f"{ranks} ranks share a sequence of {times * long}, {attention}, {memory}",
+                lambda name=f"u{attention}{times}", how=how: bench.run(name, ranks, *how),
+            )
     shutil.rmtree(bench.runs)
 
 
