@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 from model.attention.short_conv import ShortConv
 from model.cache import LayerCache
-from model.layers import Rope, rotate
+from model.layers import Rope, project, rotate
 from model.parallel import HeadExchange
 
 
 class Attention(nn.Module, ABC):
-    """Query projection, QK-norm, rotary positions, output gate and output projection.
+    """Projections, QK-norm, rotary positions and output gate.
 
-    A design subclasses this and says how queries meet keys and values in `attend`. num_heads query
-    heads share num_kv_heads key/value heads (GQA). The optional output gate multiplies each head's
-    output elementwise by a sigmoid of the input (arXiv 2505.06708). kv_conv > 0 convolves keys and
-    values over that many tokens (short_conv.py).
+    A design subclasses this, makes its branches by `key_value`, and says in `attend` how queries
+    meet their keys and values. num_heads query heads share num_kv_heads key/value heads (GQA). The
+    optional output gate multiplies each head's output elementwise by a sigmoid of the input
+    (arXiv 2505.06708). kv_conv > 0 convolves keys and values over that many tokens (short_conv.py).
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Attention(nn.Module, ABC):
         self.qk_norm, self.norm_eps, self.kv_conv = qk_norm, norm_eps, kv_conv
         self.scale = head_dim**-0.5
         self.exchange: HeadExchange | None = None  # set under sequence parallelism
+        self.branch_gates: nn.Linear | None = None  # a design with several branches may have one
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.q_norm = nn.RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
         self.gate_proj = nn.Linear(dim, num_heads * head_dim, bias=False) if output_gate else None
@@ -67,16 +68,30 @@ class Attention(nn.Module, ABC):
 
         With a cache, x holds only the new tokens of each sequence and the cache the earlier ones.
         """
-        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        branches = {n: m for n, m in self.named_children() if isinstance(m, KeyValue)}
+        pairs = (layer for kv in branches.values() for layer in (kv.k_proj, kv.v_proj))
+        q, branch_gates, *projected, gate = project(
+            x, self.q_proj, self.branch_gates, *pairs, self.gate_proj
+        )
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
         q = rotate(self.q_norm(q), rope)
-        out = self.attend(x, q, rope, cu_seqlens, max_seqlen, cache).flatten(1)
-        if self.gate_proj is not None:
-            out = out * torch.sigmoid(self.gate_proj(x))
+        keys_values = [
+            kv(k, v, rope, cu_seqlens, cache, self.exchange, name)
+            for (name, kv), k, v in zip(
+                branches.items(), projected[::2], projected[1::2], strict=True
+            )
+        ]
+        out = self.attend(q, keys_values, branch_gates, cu_seqlens, max_seqlen, cache).flatten(1)
+        if gate is not None:
+            out = out * torch.sigmoid(gate)
         return self.out_proj(out)
 
     def to_heads(self, *tensors: Tensor) -> Sequence[Tensor]:
-        """[tokens, heads, D] each: under sequence parallelism all tokens of this rank's heads."""
-        return tensors if self.exchange is None else self.exchange.to_heads(*tensors)
+        """[tokens, heads, D] each, contiguous, as kernels read them: under sequence parallelism all
+        tokens of this rank's heads."""
+        if self.exchange is None:
+            return [x.contiguous() for x in tensors]
+        return self.exchange.to_heads(*tensors)
 
     def to_tokens(self, x: Tensor) -> Tensor:
         """The way back, for the attention's output."""
@@ -85,14 +100,15 @@ class Attention(nn.Module, ABC):
     @abstractmethod
     def attend(
         self,
-        x: Tensor,
         q: Tensor,
-        rope: Rope,
+        keys_values: list[tuple[Tensor, Tensor]],
+        branch_gates: Tensor | None,
         cu_seqlens: Tensor,
         max_seqlen: int,
         cache: LayerCache | None,
     ) -> Tensor:
-        """x [T, dim] and rotated queries q [T, H, D] -> [T, H, D]."""
+        """Rotated queries q [T, H, D], k and v [T, Hkv, D] of every branch, in the order of their
+        making, and what `branch_gates` made of the input -> [T, H, D]."""
 
     @abstractmethod
     def flops(self, tokens: int) -> int:
@@ -119,15 +135,16 @@ class KeyValue(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        k: Tensor,
+        v: Tensor,
         rope: Rope,
         cu_seqlens: Tensor,
         cache: LayerCache | None,
         exchange: HeadExchange | None,
-        name: str = "kv",
+        name: str,
     ) -> tuple[Tensor, Tensor]:
-        """x [T, dim] -> k, v [T, Hkv, D]; `name` is the branch's in the cache."""
-        k, v = self.k_proj(x), self.v_proj(x)
+        """What k_proj and v_proj gave, [T, Hkv * D] -> k, v [T, Hkv, D]; `name` is the branch's in the
+        cache."""
         if self.k_conv is not None:
             where = rope.positions, cu_seqlens, cache, exchange
             k, v = self.k_conv(k, *where, f"{name}_k"), self.v_conv(v, *where, f"{name}_v")

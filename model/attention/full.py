@@ -12,8 +12,8 @@ class FullAttention(Attention):
         super().__init__(dim, **shared)
         self.kv = self.key_value(dim)
 
-    def attend(self, x, q, rope, cu_seqlens, max_seqlen, cache):
-        k, v = self.kv(x, rope, cu_seqlens, cache, self.exchange)
+    def attend(self, q, keys_values, branch_gates, cu_seqlens, max_seqlen, cache):
+        ((k, v),) = keys_values
         if cache is not None:
             ks, vs = (cache.append(name, t, cu_seqlens) for name, t in (("k", k), ("v", v)))
             if cache.positions is not None:

@@ -107,12 +107,9 @@ class NSAAttention(Attention):
         self.compress_v = phi(self.num_kv_heads, self.head_dim, self.geometry)
         self.branch_gates = nn.Linear(dim, 3 * self.num_heads)
 
-    def attend(self, x, q, rope, cu_seqlens, max_seqlen, cache):
-        gates = torch.sigmoid(self.branch_gates(x)).unflatten(-1, (self.num_heads, 3))
-        inputs = x, rope, cu_seqlens, cache, self.exchange
-        k_raw, v_raw = self.compressed(*inputs, "compressed")
-        k_sel, v_sel = self.selected(*inputs, "selected")
-        k_win, v_win = self.local(*inputs, "local")
+    def attend(self, q, keys_values, branch_gates, cu_seqlens, max_seqlen, cache):
+        gates = torch.sigmoid(branch_gates).unflatten(-1, (self.num_heads, 3))
+        (k_raw, v_raw), (k_sel, v_sel), (k_win, v_win) = keys_values
         if cache is not None:
             compressed = [
                 self._append_blocks(cache, "k_cmp", k_raw, cu_seqlens, self.compress_k),

@@ -1,11 +1,13 @@
-"""Rotary positions: what they must leave alone, and what YaRN stretches."""
+"""Rotary positions: what they must leave alone, and what YaRN stretches. Projections at once."""
 
 import math
 
 import pytest
 import torch
+from torch import nn
 
-from model.layers import Rotary, rotate
+from model import layers
+from model.layers import Rotary, project, rotate
 
 
 def test_logits_depend_on_the_distance_only():
@@ -40,3 +42,43 @@ def test_positions_keep_their_precision_in_a_bf16_model():
 def test_an_odd_head_dimension_is_an_error():
     with pytest.raises(ValueError, match="even head dimension"):
         Rotary(15)
+
+
+class Doubled(nn.Linear):
+    """A layer that is more than its weight."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+PLAIN = [nn.Linear(12, 16, bias=False), None, nn.Linear(12, 8), nn.Linear(12, 24, bias=False)]
+
+
+@pytest.mark.parametrize(
+    "projected, products",
+    [
+        (PLAIN, 1),
+        ([*PLAIN, Doubled(12, 8)], 4),
+        ([*PLAIN, nn.Linear(12, 4)], 4),  # 8 bytes of bf16
+    ],
+)
+def test_layers_on_one_input_are_one_product_when_compiled(monkeypatch, projected, products):
+    monkeypatch.setattr(layers, "PROJECTED_AT_ONCE", {"cpu"})
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.manual_seed(0)
+    parameters = [p for layer in projected if layer for p in layer.double().parameters()]
+    results = []
+    for run in (project, torch.compile(project, backend=backend, fullgraph=True)):
+        x = torch.randn(5, 12, dtype=torch.float64, generator=torch.manual_seed(1))
+        outputs = run(x.requires_grad_(), *projected)
+        assert [y is None for y in outputs] == [layer is None for layer in projected]
+        outputs = [y for y in outputs if y is not None]
+        loss = sum((i + 1) * y.square().sum() for i, y in enumerate(outputs))
+        results.append([*outputs, *torch.autograd.grad(loss, [x, *parameters])])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+    assert str(graphs[0].code).count("linear(") == products

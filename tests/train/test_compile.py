@@ -6,7 +6,10 @@ from tests.train.ranks import Run, config, pretrain
 from tests.train.test_run import metrics
 from train.config import missing_for_cpu_compile
 
-SHORT = ["model.num_layers=1", "model.kv_conv=4", "train.max_steps=3", "train.validate_every=100"]
+SHORT = [
+    "model.num_layers=1", "model.num_heads=8", "model.kv_conv=4", "train.max_steps=3",
+    "train.validate_every=100",
+]  # fmt: skip
 # Several documents a batch, in varying number.
 DOCUMENTS = ["train.seq_len=128", "train.micro_batch_tokens=512"]
 
@@ -14,8 +17,10 @@ DOCUMENTS = ["train.seq_len=128", "train.micro_batch_tokens=512"]
 def _counting(raw: dict) -> int:
     from torch._dynamo.utils import counters
 
+    from model.layers import PROJECTED_AT_ONCE
     from train.pretrain import pretrain
 
+    PROJECTED_AT_ONCE.add("cpu")  # as compiled for a GPU
     status = pretrain(raw)
     print("graphs", counters["stats"]["unique_graphs"])
     return status
