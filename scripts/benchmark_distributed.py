@@ -9,7 +9,7 @@ written after every part, and no part starts after --seconds. Overrides on the c
 to every run: the rehearsal is
 
     python scripts/benchmark_distributed.py --lengths 256 512 device=cpu model=tiny \\
-        tokenizer.vocab_size=512 train.batch_tokens=2048
+        tokenizer.vocab_size=512 train.batch_tokens=4096
 """
 
 from __future__ import annotations
