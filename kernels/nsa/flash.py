@@ -21,6 +21,7 @@ where Triton's scheduling is the limit, in Gluon for Hopper (flash_hopper*.py).
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -87,7 +88,12 @@ def on_hopper(q, k) -> bool:
     """Whether the Gluon kernels can run: on a Hopper GPU, for groups of at most 64 heads."""
     if not q.is_cuda or q.shape[1] > 64 * k.shape[1]:
         return False
-    return torch.cuda.get_device_capability(q.device)[0] == 9
+    return _major_version(q.device) == 9
+
+
+@cache
+def _major_version(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _tiles(q, k, v, keys: Keys) -> Tiles:
