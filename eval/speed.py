@@ -123,7 +123,7 @@ def save_figure(results: dict, path: Path) -> None:
         "cudnn": ("cuDNN, full", "#333333", "-"),
         "nsa random": ("NSA, random selection", "#7fb3d5", ":"),
         "nsa 85 %": ("NSA, 85 % shared", "#0b61a4", "-"),
-        "nsa 85 %, CUDA graph": ("the same in a CUDA graph", "#2a9d5c", "-."),
+        "nsa 85 %, CUDA graph": ("NSA, 85 %, CUDA graph", "#2a9d5c", "-."),
         "nsa trained": ("NSA, trained selection", "#c46210", "-"),
     }
     shapes = list(dict.fromkeys(row["shape"] for row in results["whole"]))
