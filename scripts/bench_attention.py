@@ -238,7 +238,11 @@ def measure_whole(x: Inputs, indices, seconds: float):
 
 
 def measure_graph(x: Inputs, indices, seconds: float):
-    """Forward and backward of the whole operator, each captured in a CUDA graph."""
+    """Forward and backward of the whole operator, each captured in a CUDA graph.
+
+    No autograd graph that was made outside may hold on to x's leaves: their gradients would go
+    through its stream.
+    """
     with replaced_selection(lambda _: indices):
         torch.autograd.grad(x.nsa(), x.leaves(), x.dout)  # compiles, which a capture must not
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -419,7 +423,7 @@ def measure(settings: BenchSettings) -> dict:
             note("whole", forward, asked, **case, **extra, direction="forward")
             note("whole", backward, 5 * asked // 2, **case, **extra, direction="backward")
             if name == GRAPHED and tokens <= GRAPH_TOKENS:
-                forward, backward = measure_graph(x, indices, settings.seconds)
+                forward, backward = measure_graph(Inputs(shape, tokens), indices, settings.seconds)
                 graph = dict(what=f"{name}, CUDA graph", shared=shared)
                 note("whole", forward, asked, **case, **graph, direction="forward")
                 note("whole", backward, 5 * asked // 2, **case, **graph, direction="backward")
