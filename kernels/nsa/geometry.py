@@ -54,7 +54,8 @@ class Geometry:
 
     def numbers(self) -> list[int]:
         """All of them, as torch's operators take them; Geometry(*numbers) is the way back."""
-        return list(vars(self).values())
+        blocks = self.compress_block, self.compress_stride, self.select_block
+        return [*blocks, self.num_selected, self.window, self.num_initial, self.num_local]
 
     def num_compressed(self, length):
         """Compressed blocks of a document of `length` tokens (int or tensor)."""
