@@ -40,9 +40,10 @@ def tables(results: dict) -> str:
                 full = [whole[shape, tokens, "cudnn", way] for way in ("forward", "backward")]
                 ratio = [f"{f['ms'] / row['ms']:.1f}" for f, row in zip(full, pair, strict=True)]
                 cell += f" ({' / '.join(ratio)})"
-                memory = max(memory, pair[0]["memory_gb"])
+                memory = max(memory, pair[0].get("memory_gb", 0.0))
             cells.append(cell)
         lines.append(f"| {_spell(shape)} | {tokens:,} | {' | '.join(cells)} | {memory:.1f} |")
+    lines += _crossover(whole, shapes, lengths, [name for name in names if name.startswith("nsa")])
     parts = list(dict.fromkeys(row["part"] for row in results["parts"]))
     found = {}
     for row in results["parts"]:
@@ -77,6 +78,33 @@ def tables(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _crossover(whole: dict, shapes: list, lengths: list, names: list) -> list[str]:
+    """How many times faster than cuDNN at every length, and from which length on."""
+    lines = [
+        "",
+        "Forward and backward together, how many times faster than cuDNN, and from which of these "
+        "lengths on at least as fast:",
+        "",
+        "| shape | selection | " + " | ".join(f"{n:,}" for n in lengths) + " | from |",
+        "|---|---|" + "---|" * len(lengths) + "---|",
+    ]
+    for shape, name in product(shapes, names):
+        ratios = {}
+        for tokens in lengths:
+            full, own = (
+                [whole.get((shape, tokens, what, way)) for way in ("forward", "backward")]
+                for what in ("cudnn", name)
+            )
+            if None not in own:
+                ratios[tokens] = sum(row["ms"] for row in full) / sum(row["ms"] for row in own)
+        slower = [tokens for tokens, ratio in ratios.items() if ratio < 1]
+        faster = [tokens for tokens in ratios if not slower or tokens > max(slower)]
+        cells = [f"{ratios[tokens]:.2f}" if tokens in ratios else "" for tokens in lengths]
+        cells.append(f"{min(faster):,}" if faster else "")
+        lines.append(f"| {_spell(shape)} | {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def _spell(shape: str) -> str:
     return f"{shape} {'/'.join(map(str, SHAPES[shape]))}"
 
@@ -95,6 +123,7 @@ def save_figure(results: dict, path: Path) -> None:
         "cudnn": ("cuDNN, full", "#333333", "-"),
         "nsa random": ("NSA, random selection", "#7fb3d5", ":"),
         "nsa 85 %": ("NSA, 85 % shared", "#0b61a4", "-"),
+        "nsa 85 %, CUDA graph": ("NSA, 85 %, CUDA graph", "#2a9d5c", "-."),
         "nsa trained": ("NSA, trained selection", "#c46210", "-"),
     }
     shapes = list(dict.fromkeys(row["shape"] for row in results["whole"]))
@@ -111,7 +140,8 @@ def save_figure(results: dict, path: Path) -> None:
                            marker="o", markersize=3.5)  # fmt: skip
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-        ticks = sorted({row["tokens"] for row in results["whole"]})
+        # Lengths between powers of two lie too close to be labelled.
+        ticks = sorted({n for row in results["whole"] if (n := row["tokens"]).bit_count() == 1})
         panel.set_xticks(ticks, [f"{n // 1024}k" for n in ticks])
         heads, kv_heads, dim = SHAPES[shape]
         panel.set_title(f"{heads} heads, {kv_heads} KV, dim {dim}", fontsize=10)

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import launch, next_power_of_2
+
 COLUMNS = 4096  # of a row that one program holds at a time
 
 
@@ -20,10 +22,11 @@ def cross_entropy_(logits, targets, rows: int, z_loss: float, softcap: float, ig
     """
     nll, z = torch.zeros(2, len(logits), dtype=torch.float32, device=logits.device).unbind()
     if len(logits):
-        _kernel[(len(logits),)](
+        launch(
+            _kernel, (len(logits),),
             logits, targets, nll, z, logits.shape[1], rows, z_loss, softcap, ignored,
             SOFTCAP=softcap > 0,
-            COLUMNS=min(COLUMNS, triton.next_power_of_2(logits.shape[1])), num_warps=8,
+            COLUMNS=min(COLUMNS, next_power_of_2(logits.shape[1])), num_warps=8,
         )  # fmt: skip
     return nll, z
 

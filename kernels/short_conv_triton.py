@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import cdiv, launch
+
 TOKENS = 64  # of a program
 CHANNELS = 64
 
@@ -15,7 +17,8 @@ def forward(x, weight, positions):
     """y [T, C]; x [T, C], weight [W, C], positions int64 [T], all contiguous."""
     y = torch.empty_like(x)
     if x.numel():
-        _forward_kernel[_grid(x)](
+        launch(
+            _forward_kernel, _grid(x),
             x, weight, positions, y, len(x),
             C=x.shape[1], W=len(weight), TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=4,
         )  # fmt: skip
@@ -27,7 +30,8 @@ def backward(dy, x, weight, positions):
     grid, dx = _grid(x), torch.empty_like(x)
     partial = torch.empty(grid[0], *weight.shape, dtype=torch.float32, device=x.device)
     if x.numel():
-        _backward_kernel[grid](
+        launch(
+            _backward_kernel, grid,
             dy, x, weight, positions, dx, partial, len(x),
             C=x.shape[1], W=len(weight), TOKENS=TOKENS, CHANNELS=CHANNELS, num_warps=4,
         )  # fmt: skip
@@ -35,7 +39,7 @@ def backward(dy, x, weight, positions):
 
 
 def _grid(x):
-    return triton.cdiv(len(x), TOKENS), triton.cdiv(x.shape[1], CHANNELS)
+    return cdiv(len(x), TOKENS), cdiv(x.shape[1], CHANNELS)
 
 
 @triton.jit

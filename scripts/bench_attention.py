@@ -1,9 +1,12 @@
 """Time NSA, whole and by part, beside torch's full attention: python scripts/bench_attention.py
 
-Writes results.json, results.md and results.png. Every number is the median over calls timed by CUDA
-events with a synchronisation after each, so launch gaps count; the spread is the interquartile
-range. The selection is computed and timed like everything else, and then replaced by one in which
-neighbouring queries share a known part of their blocks, since random weights choose at random.
+Writes results.json, results.md and results.png. Every number, of whatever side, is the median over
+groups of calls, the spread the interquartile range. A group's calls are queued between two CUDA
+events without a synchronisation among them, as training queues its layers: where the device is
+slower than the host the gaps between launches are hidden, where the host is slower they count.
+"CUDA graph" is the same forward and the same backward captured as one graph each, which the host
+only starts. The selection is computed and timed like everything else, and then replaced by one in
+which neighbouring queries share a known part of their blocks, since random weights choose at random.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ from train.telemetry import environment
 
 FULL = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 GEOMETRY = Geometry()
+GROUPS = 5  # of calls, for one number
+GRAPHED = "nsa 85 %"  # what is captured in CUDA graphs too,
+GRAPH_TOKENS = 16384  # up to this length; beyond, launches hide behind the kernels
 
 
 @dataclass(frozen=True)
@@ -132,18 +138,31 @@ def replaced_selection(replace):
 
 
 def timed(call, seconds: float) -> dict[str, float]:
-    """Median and quartiles in ms."""
+    """Median and quartiles in ms of a call, over groups of calls that last `seconds` together.
+
+    Calls of more than seconds / GROUPS are groups of their own, at least three.
+    """
     call()
-    times, begin = [], time.monotonic()
-    while len(times) < 3 or (time.monotonic() - begin < seconds and len(times) < 50):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
+    once = _group(call, 1)
+    size = max(int(1e3 * seconds / GROUPS / once), 1)
+    times = [once] if size == 1 else []
+    begin = time.monotonic()
+    while len(times) < 3 or (len(times) < GROUPS and time.monotonic() - begin < seconds):
+        times.append(_group(call, size))
     low, median, high = statistics.quantiles(times, n=4)
     return dict(ms=median, low=low, high=high)
+
+
+def _group(call, size: int) -> float:
+    """ms of one of `size` calls that are queued one after the other."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(size):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / size
 
 
 class Inputs:
@@ -216,6 +235,24 @@ def measure_whole(x: Inputs, indices, seconds: float):
             lambda: torch.autograd.grad(out, x.leaves(), x.dout, retain_graph=True), seconds
         )
     return forward, backward, memory
+
+
+def measure_graph(x: Inputs, indices, seconds: float):
+    """Forward and backward of the whole operator, each captured in a CUDA graph.
+
+    No autograd graph that was made outside may hold on to x's leaves: their gradients would go
+    through its stream.
+    """
+    with replaced_selection(lambda _: indices):
+        torch.autograd.grad(x.nsa(), x.leaves(), x.dout)  # compiles, which a capture must not
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward):
+            out = x.nsa()
+        with torch.cuda.graph(backward, pool=forward.pool()):
+            # What the forward saved stays, for the next replay of the backward.
+            torch.autograd.grad(out, x.leaves(), x.dout, retain_graph=True)
+    forward.replay()
+    return timed(forward.replay, seconds), timed(backward.replay, seconds)
 
 
 def measure_full(x: Inputs, backend, seconds: float):
@@ -291,7 +328,9 @@ def measure_parts(x: Inputs, indices, seconds: float):
 
 
 @torch.no_grad()
-def measure_decode(shape: str, tokens: int, batch: int) -> dict[str, dict[str, float]]:
+def measure_decode(
+    shape: str, tokens: int, batch: int, seconds: float
+) -> dict[str, dict[str, float]]:
     """One step over caches of `tokens` tokens in a CUDA graph, µs, for NSA and SDPA flash.
 
     Both take turns over several caches, so that none waits in the L2 cache.
@@ -325,7 +364,7 @@ def measure_decode(shape: str, tokens: int, batch: int) -> dict[str, dict[str, f
         with torch.cuda.graph(graph):
             for cache in caches:
                 step(cache)
-        times = timed(graph.replay, 0.3)
+        times = timed(graph.replay, seconds)
         result[name] = {key: 1e3 * ms / copies for key, ms in times.items()}
     return result
 
@@ -383,6 +422,11 @@ def measure(settings: BenchSettings) -> dict:
             extra = dict(what=name, shared=shared, memory_gb=memory)
             note("whole", forward, asked, **case, **extra, direction="forward")
             note("whole", backward, 5 * asked // 2, **case, **extra, direction="backward")
+            if name == GRAPHED and tokens <= GRAPH_TOKENS:
+                forward, backward = measure_graph(Inputs(shape, tokens), indices, settings.seconds)
+                graph = dict(what=f"{name}, CUDA graph", shared=shared)
+                note("whole", forward, asked, **case, **graph, direction="forward")
+                note("whole", backward, 5 * asked // 2, **case, **graph, direction="backward")
             if tokens not in settings.part_lengths:
                 continue
             for part, direction, timing, operations, moved in measure_parts(
@@ -396,7 +440,7 @@ def measure(settings: BenchSettings) -> dict:
         del x, selections
         torch.cuda.empty_cache()
     for shape, tokens, batch in product(settings.shapes, settings.lengths, settings.decode_batches):
-        for name, timing in measure_decode(shape, tokens, batch).items():
+        for name, timing in measure_decode(shape, tokens, batch, settings.seconds).items():
             timing = {key: us / 1e3 for key, us in timing.items()}
             note("decode", timing, 0, shape=shape, tokens=tokens, batch=batch, what=name)
         torch.cuda.empty_cache()

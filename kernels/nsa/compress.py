@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -40,8 +39,8 @@ def gated_pool(
     The weight of a token is the softmax over the block of score [T, Hkv] plus position [l, Hkv].
     A plain mean washes a rare token out; this can keep it.
     """
-    sizes = list(astuple(geometry))
-    return _pool(x.contiguous(), score.contiguous(), position.contiguous(), cu_seqlens, sizes)[0]
+    inputs = (t.contiguous() for t in (x, score, position))
+    return _pool(*inputs, cu_seqlens, geometry.numbers())[0]
 
 
 def _twin_forward(x, score, position, cu_seqlens, geometry: Geometry):

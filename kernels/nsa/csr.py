@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.nsa.tiles import first_tiles, tile_map
 
 # Pairs sorted at once. Larger sorts cost more per pair, smaller ones need more histograms.
@@ -60,11 +61,11 @@ def block_lists(
     blocks = tile_map(cu_seqlens, num_tokens, block)
     num_blocks = blocks.shape[0]
     first_block = first_tiles(cu_seqlens, block)
-    slots = triton.next_power_of_2(num_selected)
+    slots = next_power_of_2(num_selected)
     queries = max(_SORT // slots, 1)
     tiles = tile_map(cu_seqlens, num_tokens, queries)
-    part_tiles = triton.cdiv(tiles.shape[0], _PARTS)
-    parts = triton.cdiv(tiles.shape[0], part_tiles)
+    part_tiles = cdiv(tiles.shape[0], _PARTS)
+    parts = cdiv(tiles.shape[0], part_tiles)
 
     counts = indices.new_zeros(kv_heads, parts, num_blocks)
     starts = indices.new_empty(kv_heads, num_blocks + 1)
@@ -75,16 +76,21 @@ def block_lists(
     args = (indices, choice, cu_seqlens, first_block, tiles, len(tiles), part_tiles, num_tokens)
     chosen = dict(CHOICE=choice is not None)
     grid = (parts, kv_heads)
-    _count_kernel[grid](*args, counts, num_blocks, **sizes, **chosen, num_warps=4)
-    _prefix_kernel[(triton.cdiv(num_blocks, _COLUMNS), kv_heads)](
-        counts, starts, parts, num_blocks, PARTS=triton.next_power_of_2(parts),
+    launch(_count_kernel, grid, *args, counts, num_blocks, **sizes, **chosen, num_warps=4)
+    launch(
+        _prefix_kernel, (cdiv(num_blocks, _COLUMNS), kv_heads),
+        counts, starts, parts, num_blocks, PARTS=next_power_of_2(parts),
         COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
-    _starts_kernel[(1,)](
+    launch(
+        _starts_kernel, (1,),
         starts, item_ends, split_ends, item_lists, kv_heads, num_blocks, item_pairs,
         item_lists.numel(), CHUNK=1024, num_warps=8,
     )  # fmt: skip
-    _scatter_kernel[grid](*args, counts, starts, pairs, num_blocks, **sizes, **chosen, num_warps=4)
+    launch(
+        _scatter_kernel, grid,
+        *args, counts, starts, pairs, num_blocks, **sizes, **chosen, num_warps=4,
+    )  # fmt: skip
     # A list of more than item_pairs pairs has fewer than 2/item_pairs items per pair.
     split_items = max(2 * pairs.numel() // item_pairs, 1)
     return BlockLists(

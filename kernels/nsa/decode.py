@@ -7,7 +7,6 @@ and so can be captured in a CUDA graph, and the plain torch twin on any other de
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -51,7 +50,7 @@ def nsa_decode(
     _check(q, kv_heads, lengths, {**caches, "gates": (gates, (batch, heads, 3))})
     scale = dim**-0.5 if scale is None else scale
     return _decode(
-        q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, lengths, list(astuple(geometry)), scale
+        q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, lengths, geometry.numbers(), scale
     )
 
 

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.nsa.geometry import Geometry
 
 # Programs that read a cache: enough to fill the machine; every part more is another partial sum to
@@ -49,39 +50,42 @@ def decode_step(
     cmp_rows, cmp_parts = _split(rows, sequences)
     win_rows, win_parts = _split(geometry.window, sequences)
     parts = cmp_parts + win_parts + n
-    blocks = triton.cdiv(tokens, geometry.select_block)
-    keep = triton.next_power_of_2(n)
-    chunk = triton.next_power_of_2(max(keep, min(math.isqrt(keep * blocks), MAX_CHUNK)))
-    chunks = triton.cdiv(blocks, chunk)
-    candidates = triton.next_power_of_2(chunks * keep)
+    blocks = cdiv(tokens, geometry.select_block)
+    keep = next_power_of_2(n)
+    chunk = next_power_of_2(max(keep, min(math.isqrt(keep * blocks), MAX_CHUNK)))
+    chunks = cdiv(blocks, chunk)
+    candidates = next_power_of_2(chunks * keep)
 
     logits = torch.empty(batch, heads, rows, dtype=torch.float32, device=q.device)
     best = torch.empty(batch, kv_heads, chunks * keep, dtype=torch.int64, device=q.device)
     sums = _empty_sums(batch, heads, parts, value_dim, q.device)
     out = q.new_empty(batch, heads, value_dim)
-    sizes, launch = _sizes(heads, kv_heads, dim, value_dim), dict(PDL=pdl, launch_pdl=pdl)
+    sizes, early = _sizes(heads, kv_heads, dim, value_dim), dict(PDL=pdl, launch_pdl=pdl)
     cut = dict(CMP_BLOCK=geometry.compress_block, CMP_STRIDE=geometry.compress_stride)
-    _logits_kernel[(cmp_parts, sequences)](
+    launch(
+        _logits_kernel, (cmp_parts, sequences),
         q, k_cmp, lengths, logits, *sums[1:], rows, parts, cmp_rows, scale_log2,
-        **sizes, **cut, STEP=STEP, num_warps=4, num_stages=STAGES, **launch,
+        **sizes, **cut, STEP=STEP, num_warps=4, num_stages=STAGES, **early,
     )  # fmt: skip
-    _rank_kernel[(chunks, sequences)](
+    launch(
+        _rank_kernel, (chunks, sequences),
         logits, lengths, *sums[1:], best, rows, parts, cmp_parts, chunks,
         HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads,
-        ROWS=triton.next_power_of_2(heads // kv_heads), PARTS=triton.next_power_of_2(cmp_parts),
-        RATIO=triton.next_power_of_2(geometry.select_block // geometry.compress_stride),
+        ROWS=next_power_of_2(heads // kv_heads), PARTS=next_power_of_2(cmp_parts),
+        RATIO=next_power_of_2(geometry.select_block // geometry.compress_stride),
         **cut, BLOCK=geometry.select_block, NUM_INITIAL=geometry.num_initial,
         NUM_LOCAL=geometry.num_local, CHUNK=chunk, KEEP=keep,
         num_warps=8 if sequences < 32 else 4,  # few programs: the shortest way through one
-        **launch,
+        **early,
     )  # fmt: skip
-    _values_kernel[(parts, sequences)](
+    launch(
+        _values_kernel, (parts, sequences),
         q, v_cmp, k_sel, v_sel, k_win, v_win, lengths, logits, best, *sums, rows, tokens, parts,
         cmp_parts, cmp_rows, win_parts, win_rows, geometry.window, chunks * keep, scale_log2,
         **sizes, **cut, BLOCK=geometry.select_block,
-        BLOCK_KEYS=max(triton.next_power_of_2(geometry.select_block), 16), NUM_SELECTED=n,
+        BLOCK_KEYS=max(next_power_of_2(geometry.select_block), 16), NUM_SELECTED=n,
         CANDIDATES=candidates, RIVALS=min(candidates, max(PAIRS // candidates, 1)), STEP=STEP,
-        num_warps=4, num_stages=STAGES, **launch,
+        num_warps=4, num_stages=STAGES, **early,
     )  # fmt: skip
     _merge(sums, gates, out, cmp_parts, win_parts, pdl)
     return out
@@ -95,7 +99,8 @@ def window_step(q, k, v, lengths, window: int, scale: float):
     part_rows, parts = _split(min(window, tokens), batch * kv_heads)
     sums = _empty_sums(batch, heads, parts, value_dim, q.device)
     out = q.new_empty(batch, heads, value_dim)
-    _window_kernel[(parts, batch * kv_heads)](
+    launch(
+        _window_kernel, (parts, batch * kv_heads),
         q, k, v, lengths, *sums, tokens, parts, part_rows, window, scale / math.log(2),
         **_sizes(heads, kv_heads, dim, value_dim), STEP=STEP, PDL=pdl, num_warps=4,
         num_stages=STAGES, launch_pdl=pdl,
@@ -111,12 +116,12 @@ def _launches_early(q) -> bool:
 def _split(rows: int, sequences: int) -> tuple[int, int]:
     """Rows per part and number of parts of a cache, for each sequence and KV head."""
     wanted = min(max(PROGRAMS // sequences, 1), MAX_PARTS)
-    part_rows = max(triton.next_power_of_2(triton.cdiv(rows, wanted)), STEP)
-    return part_rows, triton.cdiv(rows, part_rows)
+    part_rows = max(next_power_of_2(cdiv(rows, wanted)), STEP)
+    return part_rows, cdiv(rows, part_rows)
 
 
 def _sizes(heads, kv_heads, dim, value_dim) -> dict:
-    rows, dk, dv = (max(triton.next_power_of_2(x), 16) for x in (heads // kv_heads, dim, value_dim))
+    rows, dk, dv = (max(next_power_of_2(x), 16) for x in (heads // kv_heads, dim, value_dim))
     return dict(
         HEADS=heads, KV_HEADS=kv_heads, GROUP=heads // kv_heads, DK=dim, DV=value_dim, ROWS=rows,
         DK_PAD=dk, DV_PAD=dv,
@@ -135,9 +140,10 @@ def _empty_sums(batch, heads, parts, value_dim, device):
 
 def _merge(sums, gates, out, cmp_parts: int, win_parts: int, pdl: bool) -> None:
     batch, heads, parts, value_dim = sums[0].shape
-    _merge_kernel[(batch * heads, triton.cdiv(value_dim, MERGE_COLUMNS))](
+    launch(
+        _merge_kernel, (batch * heads, cdiv(value_dim, MERGE_COLUMNS)),
         *sums, out if gates is None else gates, out, parts, cmp_parts, cmp_parts + win_parts,
-        GATED=gates is not None, PARTS=triton.next_power_of_2(parts), DV=value_dim,
+        GATED=gates is not None, PARTS=next_power_of_2(parts), DV=value_dim,
         COLUMNS=MERGE_COLUMNS, PDL=pdl, num_warps=1, launch_pdl=pdl,
     )  # fmt: skip
 

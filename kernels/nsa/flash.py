@@ -21,12 +21,14 @@ where Triton's scheduling is the limit, in Gluon for Hopper (flash_hopper*.py).
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.nsa import flash_triton
 from kernels.nsa.flash_triton import ALIGN, Tile, padded
 from kernels.nsa.tiles import tile_map
@@ -86,7 +88,12 @@ def on_hopper(q, k) -> bool:
     """Whether the Gluon kernels can run: on a Hopper GPU, for groups of at most 64 heads."""
     if not q.is_cuda or q.shape[1] > 64 * k.shape[1]:
         return False
-    return torch.cuda.get_device_capability(q.device)[0] == 9
+    return _major_version(q.device) == 9
+
+
+@cache
+def _major_version(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def _tiles(q, k, v, keys: Keys) -> Tiles:
@@ -120,7 +127,7 @@ def flash_backward(
     kv_heads = k.shape[1]
     # Room for every document to start at a multiple of ALIGN rows, see flash_triton.stat_row.
     rows = (tokens // ALIGN.value + cu_seqlens.numel() - 1) * ALIGN.value
-    group = triton.next_power_of_2(heads // kv_heads)
+    group = next_power_of_2(heads // kv_heads)
     stats = torch.empty(2, kv_heads, rows, group, dtype=torch.float32, device=q.device)
     add = dq is not None
     dq = dq if add else torch.empty_like(q)
@@ -130,7 +137,7 @@ def flash_backward(
     tile = tiles.dkv
     work = tile_map(keys.cu_keys, k.shape[0], tile.keys)
     num_chunks = _num_chunks(len(work) * kv_heads, max_seqlen, keys)
-    chunk = triton.cdiv(max_seqlen, num_chunks * ALIGN.value) * ALIGN.value
+    chunk = cdiv(max_seqlen, num_chunks * ALIGN.value) * ALIGN.value
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     parts = dk, dv
     if num_chunks > 1:
@@ -138,7 +145,8 @@ def flash_backward(
     inputs = do, q, k, v, stats, *parts, work, num_chunks, chunk, cu_seqlens, keys
     _backend(tile).backward_dkv(*inputs, tile, scale)
     if num_chunks > 1:
-        _sum_chunks[(len(work), kv_heads, triton.cdiv(tile.keys, SUM_ROWS))](
+        launch(
+            _sum_chunks, (len(work), kv_heads, cdiv(tile.keys, SUM_ROWS)),
             *parts, dk, dv, work, cu_seqlens, keys.cu_keys, chunk, k.shape[0],
             HKV=kv_heads, DK=k.shape[2], DV=v.shape[2],
             DKP=padded(k.shape[2]), DVP=padded(v.shape[2]),
@@ -172,7 +180,7 @@ def _num_chunks(programs: int, max_seqlen: int, keys: Keys) -> int:
     """Chunks of queries to split dK/dV over, when the key tiles alone would leave the GPU idle."""
     if keys.window is not None:
         return 1
-    wanted = triton.cdiv(PROGRAMS, max(programs, 1))
+    wanted = cdiv(PROGRAMS, max(programs, 1))
     return max(min(wanted, max_seqlen // MIN_CHUNK), 1)
 
 

@@ -6,10 +6,12 @@ two, 16-bit types, and groups of at most 64 heads.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.launch import TileView, launch
 from kernels.nsa.flash_hopper_key import dkv_kernel
 from kernels.nsa.flash_hopper_query import dq_kernel, forward_kernel
 from kernels.nsa.flash_triton import sizes
@@ -18,14 +20,19 @@ from kernels.nsa.tiles import tile_map
 DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
-def tensor_tiles(x: torch.Tensor, *block: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[x.dtype])
-    return TensorDescriptor.from_tensor(x, list(block), layout)
+def tensor_tiles(x: torch.Tensor, *block: int) -> TileView:
+    return TileView(x, block, _layout(block, x.dtype))
 
 
-def _programs(x: torch.Tensor) -> int:
-    """One program fills a multiprocessor."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count
+@cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype):
+    return gl.NVMMASharedLayout.get_default_for(list(block), DTYPES[dtype])
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Programs of a kernel of which one fills a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def forward(q, k, v, o, lse, cu_seqlens, keys, tile, scale: float) -> None:
@@ -33,7 +40,8 @@ def forward(q, k, v, o, lse, cu_seqlens, keys, tile, scale: float) -> None:
     shape = sizes(q, k, v, keys)
     queries = tile.rows // shape["GP"]
     work = tile_map(cu_seqlens, q.shape[0], queries)
-    forward_kernel[(_programs(q),)](
+    launch(
+        forward_kernel, (multiprocessors(q.device),),
         tensor_tiles(q, queries, shape["GP"], q.shape[2]),
         tensor_tiles(k.flatten(1), tile.keys, k.shape[2]),
         tensor_tiles(v.flatten(1), tile.keys, v.shape[2]), o, lse,
@@ -49,7 +57,8 @@ def backward_dq(
     shape = sizes(q, k, v, keys)
     queries = tile.rows // shape["GP"]
     work = tile_map(cu_seqlens, q.shape[0], queries)
-    dq_kernel[(_programs(q),)](
+    launch(
+        dq_kernel, (multiprocessors(q.device),),
         tensor_tiles(q, queries, shape["GP"], q.shape[2]),
         tensor_tiles(k.flatten(1), tile.keys, k.shape[2]),
         tensor_tiles(v.flatten(1), tile.keys, v.shape[2]),
@@ -65,7 +74,8 @@ def backward_dkv(
     """Fill dk and dv, or for several chunks of queries their partials."""
     shape = sizes(q, k, v, keys)
     queries = tile.rows // shape["GP"]
-    dkv_kernel[(len(work), k.shape[1], num_chunks)](
+    launch(
+        dkv_kernel, (len(work), k.shape[1], num_chunks),
         tensor_tiles(q, queries, shape["GP"], q.shape[2]),
         tensor_tiles(k.flatten(1), tile.keys, k.shape[2]),
         tensor_tiles(v.flatten(1), tile.keys, v.shape[2]),

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.launch import TileView, launch, next_power_of_2
 from kernels.nsa.tiles import tile_map
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,7 +34,7 @@ def sizes(q, k, v, keys) -> dict[str, int | bool]:
         H=heads,
         HKV=kv_heads,
         G=heads // kv_heads,
-        GP=triton.next_power_of_2(heads // kv_heads),
+        GP=next_power_of_2(heads // kv_heads),
         DK=dim,
         DV=value_dim,
         STRIDE=keys.stride,
@@ -45,20 +45,20 @@ def sizes(q, k, v, keys) -> dict[str, int | bool]:
 
 def padded(dim: int) -> int:
     """The width of a head dimension inside a tile."""
-    return max(triton.next_power_of_2(dim), 16)
+    return max(next_power_of_2(dim), 16)
 
 
-def key_tiles(x: torch.Tensor, rows: int) -> TensorDescriptor:
+def key_tiles(x: torch.Tensor, rows: int) -> TileView:
     """Tiles of `rows` keys of one head of x [N, Hkv, D], for load_keys."""
     dim = padded(x.shape[2])
     if dim == x.shape[2]:
-        return TensorDescriptor.from_tensor(x.flatten(1), [rows, dim])
-    return TensorDescriptor.from_tensor(x, [rows, 1, dim])
+        return TileView(x.flatten(1), (rows, dim))
+    return TileView(x, (rows, 1, dim))
 
 
-def _query_tiles(x: torch.Tensor, queries: int, group: int) -> TensorDescriptor:
+def _query_tiles(x: torch.Tensor, queries: int, group: int) -> TileView:
     """Tiles [queries, group, D] of x [T, H, D]."""
-    return TensorDescriptor.from_tensor(x, [queries, group, padded(x.shape[2])])
+    return TileView(x, (queries, group, padded(x.shape[2])))
 
 
 def forward(q, k, v, o, lse, cu_seqlens, keys, tile: Tile, scale: float) -> None:
@@ -66,7 +66,8 @@ def forward(q, k, v, o, lse, cu_seqlens, keys, tile: Tile, scale: float) -> None
     shape = sizes(q, k, v, keys)
     queries = max(tile.rows // shape["GP"], 1)
     work = tile_map(cu_seqlens, q.shape[0], queries)
-    _forward[(len(work), k.shape[1])](
+    launch(
+        _forward, (len(work), k.shape[1]),
         q, key_tiles(k, tile.keys), key_tiles(v, tile.keys), o, lse,
         work, cu_seqlens, keys.cu_keys, keys.window or 0, scale,
         **shape, DKP=padded(q.shape[2]), DVP=padded(v.shape[2]),
@@ -84,7 +85,8 @@ def backward_dq(
     shape = sizes(q, k, v, keys)
     queries = max(tile.rows // shape["GP"], 1)
     work = tile_map(cu_seqlens, q.shape[0], queries)
-    _dq[(len(work), k.shape[1])](
+    launch(
+        _dq, (len(work), k.shape[1]),
         q, key_tiles(k, tile.keys), key_tiles(v, tile.keys), do, lse, delta, *stats, dq,
         work, cu_seqlens, keys.cu_keys, keys.window or 0, scale, stats.shape[2],
         **shape, DKP=padded(q.shape[2]), DVP=padded(v.shape[2]),
@@ -98,9 +100,10 @@ def backward_dkv(
     """Fill dk and dv, or for several chunks of queries their partials [num_chunks, ...]."""
     shape = sizes(q, k, v, keys)
     queries = max(tile.rows // shape["GP"], 1)
-    _dkv[(len(work), k.shape[1], num_chunks)](
+    launch(
+        _dkv, (len(work), k.shape[1], num_chunks),
         _query_tiles(q, queries, shape["GP"]), k, v, _query_tiles(do, queries, shape["GP"]),
-        *(TensorDescriptor.from_tensor(x.view(-1), [queries * shape["GP"]]) for x in stats), dk, dv,
+        *(TileView(x.view(-1), (queries * shape["GP"],)) for x in stats), dk, dv,
         work, cu_seqlens, keys.cu_keys, keys.window or 0, scale, chunk, stats.shape[2], k.shape[0],
         **shape, DKP=padded(q.shape[2]), DVP=padded(v.shape[2]),
         BQ=queries, BN=tile.keys, PEEL=tile.peel, num_warps=tile.warps, num_stages=tile.stages,

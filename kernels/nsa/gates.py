@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import launch
+
 LN2 = tl.constexpr(0.6931471805599453)
 ROWS = 32  # (token, head) rows of one program
 
@@ -20,7 +22,8 @@ def merge_branches(gates, o_cmp, o_sel, o_win):
     out = torch.empty_like(o_cmp)
     rows, dim = out.shape[:2].numel(), out.shape[2]
     if rows:
-        _merge_kernel[(triton.cdiv(rows, ROWS),)](
+        launch(
+            _merge_kernel, (triton.cdiv(rows, ROWS),),
             gates, o_cmp, o_sel, o_win, out, rows, DV=dim, DV_PAD=triton.next_power_of_2(dim),
             ROWS=ROWS, num_warps=4,
         )  # fmt: skip
@@ -40,7 +43,8 @@ def gate_backward(dout, gates, outs, lses):
     delta = torch.empty_like(lse)
     rows, dim = dout.shape[:2].numel(), dout.shape[2]
     if rows:
-        _gate_backward_kernel[(triton.cdiv(rows, ROWS),)](
+        launch(
+            _gate_backward_kernel, (triton.cdiv(rows, ROWS),),
             dout, gates, *outs, *lses, dgates, lse, delta, rows, DV=dim,
             DV_PAD=triton.next_power_of_2(dim), ROWS=ROWS, num_warps=4,
         )  # fmt: skip
@@ -51,7 +55,8 @@ def row_delta(do, o):
     """sum(dO * O) over Dv in fp32, [T, H]: what a branch without a gate starts from."""
     delta = torch.empty(do.shape[:2], dtype=torch.float32, device=do.device)
     if delta.numel():
-        _delta_kernel[(triton.cdiv(delta.numel(), ROWS),)](
+        launch(
+            _delta_kernel, (triton.cdiv(delta.numel(), ROWS),),
             do, o, delta, delta.numel(), DV=do.shape[2],
             DV_PAD=triton.next_power_of_2(do.shape[2]), ROWS=ROWS, num_warps=4,
         )  # fmt: skip

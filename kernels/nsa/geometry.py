@@ -52,6 +52,11 @@ class Geometry:
                 f"num_initial + num_local = {self.num_initial + self.num_local}."
             )
 
+    def numbers(self) -> list[int]:
+        """All of them, as torch's operators take them; Geometry(*numbers) is the way back."""
+        blocks = self.compress_block, self.compress_stride, self.select_block
+        return [*blocks, self.num_selected, self.window, self.num_initial, self.num_local]
+
     def num_compressed(self, length):
         """Compressed blocks of a document of `length` tokens (int or tensor)."""
         blocks = (length - self.compress_block) // self.compress_stride + 1

@@ -7,7 +7,6 @@ Two implementations of one contract: Triton kernels on CUDA tensors, the plain t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
 from types import SimpleNamespace
 
 import torch
@@ -51,7 +50,7 @@ def nsa_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     outputs = _attention(
         q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, max_seqlen,
-        list(astuple(geometry)), scale,
+        geometry.numbers(), scale,
     )  # fmt: skip
     return outputs[0], outputs[-1]
 

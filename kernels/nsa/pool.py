@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import launch, next_power_of_2
 from kernels.nsa.gates import row_delta
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.tiles import compressed_offsets, tile_map
@@ -32,7 +33,8 @@ def pool_forward(x, score, position, cu_seqlens, geometry: Geometry):
     if tokens:
         offsets = compressed_offsets(cu_seqlens, geometry)
         work = tile_map(offsets, rows, BLOCKS)
-        _forward_kernel[(len(work), heads)](
+        launch(
+            _forward_kernel, (len(work), heads),
             x, score, position, y, lse, work, cu_seqlens, offsets,
             **_sizes(x, geometry), BLOCKS=BLOCKS, num_warps=4,
         )  # fmt: skip
@@ -47,7 +49,8 @@ def pool_backward(dy, x, score, position, y, lse, cu_seqlens, geometry: Geometry
     dlogits = lse.new_zeros(len(y), geometry.compress_block, heads)
     if tokens:
         work = tile_map(cu_seqlens, tokens, TOKENS)
-        _backward_kernel[(len(work), heads)](
+        launch(
+            _backward_kernel, (len(work), heads),
             dy, x, score, position, lse, row_delta(dy, y), dx, dscore, dlogits,
             work, cu_seqlens, compressed_offsets(cu_seqlens, geometry),
             **_sizes(x, geometry), TOKENS=TOKENS, num_warps=4,
@@ -57,7 +60,7 @@ def pool_backward(dy, x, score, position, y, lse, cu_seqlens, geometry: Geometry
 
 def _sizes(x, geometry: Geometry) -> dict[str, int]:
     return dict(
-        H=x.shape[1], D=x.shape[2], DP=triton.next_power_of_2(x.shape[2]),
+        H=x.shape[1], D=x.shape[2], DP=next_power_of_2(x.shape[2]),
         L=geometry.compress_block, STRIDE=geometry.compress_stride,
     )  # fmt: skip
 

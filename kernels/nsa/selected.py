@@ -15,8 +15,8 @@ import math
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.launch import TileView, launch
 from kernels.nsa.csr import BlockLists, block_lists
 from kernels.nsa.flash import on_hopper
 from kernels.nsa.geometry import Geometry
@@ -111,9 +111,9 @@ class Shape:
         pairs = self.kv_heads * self.tokens * self.num_selected
         return max(triton.next_power_of_2(pairs // 1024), 16 * self.queries)
 
-    def descriptor(self, x: torch.Tensor, pad: int) -> TensorDescriptor:
+    def descriptor(self, x: torch.Tensor, pad: int) -> TileView:
         """Blocks [KEYS, pad] of x [T, Hkv, D]; columns past D are other heads' and meet zeros."""
-        return TensorDescriptor.from_tensor(x.view(x.shape[0], -1), [self.keys, pad])
+        return TileView(x.view(x.shape[0], -1), (self.keys, pad))
 
     def stages(self, rows: int, wanted: int) -> int:
         """Pipeline depth that fits shared memory beside the resident operands."""
@@ -131,7 +131,8 @@ def _union_forward(q, k, v, o, lse, union: Union, key_major, cu_seqlens, shape: 
             union = union._replace(counts=union.counts * (1 - key_major[:, None]))
         selected_hopper_query.forward(q, k, v, o, lse, union, cu_seqlens, shape.constants, scale)
         return
-    _union_forward_kernel[(union.tiles.shape[0], shape.kv_heads)](
+    launch(
+        _union_forward_kernel, (union.tiles.shape[0], shape.kv_heads),
         q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), o, lse,
         union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, key_major,
         scale / LN2, **shape.constants, HAS_KEY_MAJOR=key_major is not None,
@@ -155,13 +156,15 @@ def _list_forward(
     )
     for head in range(0, shape.kv_heads, heads):
         end = min(head + heads, shape.kv_heads)
-        _list_forward_kernel[(lists.item_lists.numel(),)](
+        launch(
+            _list_forward_kernel, (lists.item_lists.numel(),),
             q, k_desc, v_desc, partial, partial_lse, lists.blocks, lists.pairs, lists.starts,
             lists.item_lists, lists.item_ends, cu_seqlens, key_major, head, end, shape.tokens,
             lists.blocks.shape[0], lists.item_ends.numel(), lists.item_pairs, scale / LN2,
             **shape.constants, num_warps=4, num_stages=shape.stages(64, 3),
         )  # fmt: skip
-        _merge_kernel[(merge_tiles.shape[0], end - head)](
+        launch(
+            _merge_kernel, (merge_tiles.shape[0], end - head),
             partial, partial_lse, indices, merge_tiles, cu_seqlens, key_major, o, lse, head,
             shape.tokens, **merge_constants, num_warps=4,
         )  # fmt: skip

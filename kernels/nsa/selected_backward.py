@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import launch
 from kernels.nsa.csr import BlockLists, block_lists
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.selected import LN2, Shape, load_rows
@@ -59,7 +60,8 @@ def _query_gradient(do, q, k, v, lse, delta, dq, union, cu_seqlens, shape: Shape
         )
         return
     wide = shape.keys > 64 or shape.dim_pad > 128
-    _query_gradient_kernel[(union.tiles.shape[0], shape.kv_heads)](
+    launch(
+        _query_gradient_kernel, (union.tiles.shape[0], shape.kv_heads),
         do, q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), lse,
         delta, dq, union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, scale,
         scale / LN2, **shape.constants,
@@ -89,9 +91,10 @@ def _key_gradients(
             _launch_key_gradients(
                 *inputs, dq, lists, common, choice, indices, cu_seqlens, shape, scale, with_dq
             )
-    _join_kernel[(num_lists, triton.cdiv(shape.block, JOIN_KEYS))](
-        *common, num_blocks, scale, **shape.constants, JOIN_KEYS=JOIN_KEYS, num_warps=4
-    )
+    launch(
+        _join_kernel, (num_lists, triton.cdiv(shape.block, JOIN_KEYS)),
+        *common, num_blocks, scale, **shape.constants, JOIN_KEYS=JOIN_KEYS, num_warps=4,
+    )  # fmt: skip
 
 
 def _launch_key_gradients(
@@ -113,7 +116,8 @@ def _launch_key_gradients(
         )
     for head in range(0, shape.kv_heads, heads):
         end = min(head + heads, shape.kv_heads)
-        _key_gradient_kernel[(lists.item_lists.numel(),)](
+        launch(
+            _key_gradient_kernel, (lists.item_lists.numel(),),
             do, q, k_desc, v_desc, lse, delta, partial, lists.pairs, lists.starts,
             lists.item_lists, *common, choice, head, end, shape.tokens, num_blocks, num_lists,
             lists.item_pairs, scale, scale / LN2, **shape.constants, HAS_PARTIAL=with_dq,
@@ -122,7 +126,8 @@ def _launch_key_gradients(
             num_stages=shape.stages(64, 3 if shape.group <= 4 else 2),
         )  # fmt: skip
         if with_dq:
-            _sum_query_gradient_kernel[(sum_tiles.shape[0], end - head)](
+            launch(
+                _sum_query_gradient_kernel, (sum_tiles.shape[0], end - head),
                 partial, indices, sum_tiles, cu_seqlens, choice, dq, head, shape.tokens,
                 **sum_constants, CHOICE=choice is not None, num_warps=4,
             )  # fmt: skip

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.launch import launch
 from kernels.nsa.flash_hopper import tensor_tiles
 from kernels.nsa.flash_hopper_common import copy_tile
 from kernels.nsa.flash_triton import LOG2E
@@ -28,7 +29,8 @@ REGISTERS = 128  # per thread at entry: two programs of eight warps fill a multi
 def key_gradients(do, q, k, v, lse, delta, lists, common, constants, scale: float) -> None:
     """Launch key_gradient_kernel; `common` as in selected_backward."""
     group, keys, dim = constants["GROUP"], constants["KEYS"], q.shape[2]
-    key_gradient_kernel[(lists.item_lists.numel(),)](
+    launch(
+        key_gradient_kernel, (lists.item_lists.numel(),),
         tensor_tiles(q, 1, group, dim), tensor_tiles(do, 1, group, dim),
         tensor_tiles(k.flatten(1), keys, dim), tensor_tiles(v.flatten(1), keys, dim), lse, delta,
         lists.pairs, lists.starts, lists.item_lists, *common, q.shape[0], lists.blocks.shape[0],

@@ -8,7 +8,6 @@ that none of its own queries chose. Barriers and slots: flash_hopper_common.py.
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -17,7 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.nsa.flash_hopper import tensor_tiles
+from kernels.launch import launch
+from kernels.nsa.flash_hopper import multiprocessors, tensor_tiles
 from kernels.nsa.flash_hopper_common import barriers, copy_tile, store_rows
 from kernels.nsa.flash_triton import LN2, LOG2E
 
@@ -26,8 +26,8 @@ STAGES = 4
 
 def _launch(kernel, queries_of, k, v, tensors, union, cu_seqlens, constants, scale: float):
     queries, group, keys, dim = union.queries, constants["GROUP"], constants["KEYS"], k.shape[2]
-    programs = torch.cuda.get_device_properties(k.device).multi_processor_count
-    kernel[(programs,)](
+    launch(
+        kernel, (multiprocessors(k.device),),
         *(tensor_tiles(x, queries, group, dim) for x in queries_of),
         tensor_tiles(k.flatten(1), keys, dim), tensor_tiles(v.flatten(1), keys, dim), *tensors,
         union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, len(union.tiles),

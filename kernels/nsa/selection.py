@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import launch
 from kernels.nsa.flash_triton import (
     LOG2E,
     key_steps,
@@ -64,7 +65,8 @@ def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen: int, geometry: Geometry
             PLANES=planes,
             BQ=queries,
         )
-        _scores[(end - begin, kv_heads)](
+        launch(
+            _scores, (end - begin, kv_heads),
             q, k_cmp, keys_desc, lse, scores,
             tiles[begin:], cu_seqlens, cu_keys, scale, blocks,
             H=heads, HKV=kv_heads, G=heads // kv_heads, GP=group,
@@ -74,7 +76,8 @@ def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen: int, geometry: Geometry
         width = triton.next_power_of_2(blocks)
         together = min(max(TOP_WIDTH // width, 1), queries)
         top_warps = 1 if width <= TOP_WIDTH else 4
-        _top_blocks[((end - begin) * queries // together, kv_heads)](
+        launch(
+            _top_blocks, ((end - begin) * queries // together, kv_heads),
             scores, indices, tiles[begin:], cu_seqlens, tokens, blocks,
             N=n, INITIAL=geometry.num_initial, LOCAL=geometry.num_local, WIDTH=width,
             ROWS=together, GROUPS=min(128 * top_warps, width), **shape, num_warps=top_warps,

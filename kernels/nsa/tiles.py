@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from kernels.launch import launch
 from kernels.nsa.geometry import Geometry
 
 _CHUNK = 256
@@ -57,9 +58,10 @@ def tile_map(cu_rows: torch.Tensor, num_rows: int, rows_per_tile: int) -> torch.
         num_documents = cu_rows.numel() - 1
         size = max_tiles(num_rows, num_documents, rows_per_tile)
         tiles = torch.empty(size, 2, dtype=torch.int32, device=cu_rows.device)
-        _tile_map[(num_documents,)](
-            cu_rows, tiles, num_documents, size, ROWS=rows_per_tile, CHUNK=_CHUNK, num_warps=4
-        )
+        launch(
+            _tile_map, (num_documents,),
+            cu_rows, tiles, num_documents, size, ROWS=rows_per_tile, CHUNK=_CHUNK, num_warps=4,
+        )  # fmt: skip
         return tiles
 
     return _remember(cu_rows, ("tiles", num_rows, rows_per_tile), make)
@@ -80,7 +82,8 @@ def compressed_offsets(cu_seqlens: torch.Tensor, geometry: Geometry) -> torch.Te
 
     def make():
         offsets = torch.empty_like(cu_seqlens)
-        _compressed_offsets[(1,)](
+        launch(
+            _compressed_offsets, (1,),
             cu_seqlens, offsets, cu_seqlens.numel() - 1, BLOCK=geometry.compress_block,
             STRIDE=geometry.compress_stride, CHUNK=_CHUNK, num_warps=4,
         )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import launch, next_power_of_2
 from kernels.nsa.tiles import tile_map
 
 # Rows (queries x heads of a group) of one tile. 64 is the smallest M of wgmma; the work grows with
@@ -54,9 +55,10 @@ def block_unions(
     key_rows = indices.new_empty(shape)
     members = indices.new_empty(shape, dtype=torch.int64 if queries > 32 else torch.int32)
     counts, steps = indices.new_empty(2, *shape[:2])
-    slots = triton.next_power_of_2(num_selected)
-    padded = triton.next_power_of_2(queries)
-    _union_kernel[shape[1::-1]](
+    slots = next_power_of_2(num_selected)
+    padded = next_power_of_2(queries)
+    launch(
+        _union_kernel, shape[1::-1],
         indices, cu_seqlens, tiles, key_rows, members, counts, steps, num_tokens,
         NUM_SELECTED=num_selected, BLOCK=block, QUERIES=queries, PARTS=parts,
         PADDED=padded, SLOTS=slots,

@@ -30,6 +30,9 @@ def test_tables_and_figure(tmp_path):
         for what, ms in (("cudnn", 6.0), ("flash", 9.0), ("nsa 85 %", 2.0))
         for way in ("forward", "backward")
     ]
+    for way in ("forward", "backward"):
+        graph = dict(shape="c", tokens=8192, what="nsa 85 %, CUDA graph", direction=way, ms=12.0)
+        whole.append(graph)
     part = dict(shape="c", tokens=8192, what="nsa 85 %", part="gate", direction="forward")
     step = dict(shape="c", tokens=8192, batch=1)
     results = dict(
@@ -38,8 +41,10 @@ def test_tables_and_figure(tmp_path):
         decode=[step | dict(what="nsa", ms=0.01), step | dict(what="flash", ms=0.05)],
     )  # fmt: skip
     text = tables(results)
-    row = "48.00 / 48.00 | 72.00 / 72.00 | 16.00 / 16.00 (3.0 / 3.0) | 1.0 |"
+    row = "48.00 / 48.00 | 72.00 / 72.00 | 16.00 / 16.00 (3.0 / 3.0) |  | 1.0 |"
     assert f"| c 16/4/128 | 65,536 | {row}" in text
+    assert "| c 16/4/128 | nsa 85 % | 3.00 | 3.00 | 8,192 |" in text
+    assert "| c 16/4/128 | nsa 85 %, CUDA graph | 0.50 |  |  |" in text
     assert "| c 16/4/128 | 1 | 8,192 | 10.0 | 50.0 | 5.0 |" in text
     save_figure(results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000

@@ -1,11 +1,10 @@
 """The whole operator on CUDA against the float64 twin: every branch, every gradient, twice the same."""
 
-from dataclasses import astuple
-
 import pytest
 import torch
 
 from kernels.nsa import reference
+from kernels.nsa.compress import mean_pool
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.ops import nsa_attention
 
@@ -102,10 +101,36 @@ def test_selection_is_the_twins_up_to_ties(heads, kv_heads, dim):
 def test_compiles_without_graph_breaks():
     tensors, cu_seqlens = make([300, 700], 16, 4, 64, PAPER)
     torch.library.opcheck(
-        torch.ops.nsa.attention, (*tensors, cu_seqlens, 700, list(astuple(PAPER)), 0.125),
+        torch.ops.nsa.attention, (*tensors, cu_seqlens, 700, PAPER.numbers(), 0.125),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
     compiled = torch.compile(nsa_attention, fullgraph=True)
     expected, _ = nsa_attention(*tensors, cu_seqlens, 700, PAPER)
     got, _ = compiled(*tensors, cu_seqlens, 700, PAPER)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim", [(16, 4, 64), (16, 4, 128), (16, 1, 128)])
+def test_a_captured_step_follows_its_inputs(heads, kv_heads, dim):
+    """Forward and backward in one CUDA graph, replayed with other numbers and other documents."""
+    (q, _, _, *rest), cu_seqlens = make([700, 1, 1347], heads, kv_heads, dim, PAPER)
+    dout, leaves = torch.randn_like(q), [q, *rest]
+
+    def step():
+        pooled = [mean_pool(x, cu_seqlens, PAPER) for x in rest[:2]]
+        out, indices = nsa_attention(q, *pooled, *rest, cu_seqlens, 2048, PAPER)
+        return out, indices, *torch.autograd.grad(out, leaves, dout)
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [x.detach() for x in step()]
+    for lengths in ([700, 1, 1347], [5, 2024, 19], [2048, 0, 0]):
+        cu_seqlens.copy_(torch.tensor([0, *lengths]).cumsum(0))
+        with torch.no_grad():
+            for x in (dout, q, *rest[:-1]):
+                x.normal_()
+            rest[-1].uniform_()
+        graph.replay()
+        for got, want in zip(captured, step(), strict=True):
+            assert torch.equal(got, want)
