@@ -2,9 +2,9 @@
 
 Two passes over a chunk of queries. `_scores` recomputes p_cmp = exp(S - lse), sums it over the
 query heads of a KV head and folds the compressed blocks of each selection block into one number;
-what reaches over into the next selection blocks goes to planes of its own, so that no step needs
-its neighbour. `_top_blocks` adds the planes up and picks. Chunks keep the planes, the only memory
-that is quadratic in the sequence length, under a fixed size.
+what reaches over into the next selection blocks is handed from step to step. `_top_blocks` picks.
+Chunks keep the scores, the only memory that is quadratic in the sequence length, under a fixed
+size.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kernels.nsa.flash_triton import (
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.tiles import compressed_offsets, tile_map
 
-PLANE_BYTES = 512 << 20
+SCORE_BYTES = 512 << 20
 # Queries up to which one chunk serves all lengths; beyond, a chunk ends where the length of its
 # rows has doubled, so that short rows are not searched at the width of long ones.
 FIRST_CHUNK = 16384
@@ -44,31 +44,27 @@ def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen: int, geometry: Geometry
     group = triton.next_power_of_2(heads // kv_heads)
     rows, keys, warps, stages = _tile(q, k_cmp)
     ratio = geometry.select_block // geometry.compress_stride
-    keys = max(keys, triton.next_power_of_2(ratio))
+    # Selection blocks into which the compressed blocks of an earlier one reach: a step passes them
+    # on to the next only.
+    reach = triton.cdiv(geometry.compress_block // geometry.compress_stride - 1, ratio)
+    keys = max(keys, triton.next_power_of_2(ratio) * triton.next_power_of_2(max(reach, 1)))
     queries = max(rows // group, 1)
-    planes = 1 + triton.cdiv(geometry.compress_block // geometry.compress_stride - 1, ratio)
 
     indices = torch.empty(kv_heads, tokens, n, dtype=torch.int32, device=q.device)
     cu_keys = compressed_offsets(cu_seqlens, geometry)
     tiles = tile_map(cu_seqlens, tokens, queries)
-    row_bytes = 4 * planes * kv_heads
     keys_desc = key_tiles(k_cmp, keys)
-    for begin, end, blocks in _chunks(len(tiles), queries, max_seqlen, geometry, row_bytes):
+    for begin, end, blocks in _chunks(len(tiles), queries, max_seqlen, geometry, 4 * kv_heads):
         scores = torch.empty(
-            planes, kv_heads, (end - begin) * queries, blocks, dtype=torch.float32, device=q.device
-        )
-        shape = dict(
-            L=geometry.compress_block,
-            STRIDE=geometry.compress_stride,
-            SELECT=geometry.select_block,
-            PLANES=planes,
-            BQ=queries,
+            kv_heads, (end - begin) * queries, blocks, dtype=torch.float32, device=q.device
         )
         _scores[(end - begin, kv_heads)](
             q, k_cmp, keys_desc, lse, scores,
             tiles[begin:], cu_seqlens, cu_keys, scale, blocks,
             H=heads, HKV=kv_heads, G=heads // kv_heads, GP=group,
-            DK=dim, DKP=padded(dim), BN=keys, **shape,
+            DK=dim, DKP=padded(dim), L=geometry.compress_block, STRIDE=geometry.compress_stride,
+            SELECT=geometry.select_block, LOCAL=geometry.num_local, REACH=reach,
+            BQ=queries, BN=keys,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         width = triton.next_power_of_2(blocks)
@@ -77,7 +73,8 @@ def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen: int, geometry: Geometry
         _top_blocks[((end - begin) * queries // together, kv_heads)](
             scores, indices, tiles[begin:], cu_seqlens, tokens, blocks,
             N=n, INITIAL=geometry.num_initial, LOCAL=geometry.num_local, WIDTH=width,
-            ROWS=together, GROUPS=min(128 * top_warps, width), **shape, num_warps=top_warps,
+            SELECT=geometry.select_block, BQ=queries, ROWS=together,
+            GROUPS=min(128 * top_warps, width), num_warps=top_warps,
         )  # fmt: skip
     return indices
 
@@ -93,7 +90,7 @@ def _tile(q, k_cmp) -> tuple[int, int, int, int]:
     return (64, 64, 4, 2) if padded(q.shape[2]) > 128 else (128, 64, 4, 3)
 
 
-def _chunks(num_tiles: int, queries: int, max_seqlen: int, geometry: Geometry, row_bytes: int):
+def _chunks(num_tiles: int, queries: int, max_seqlen: int, geometry: Geometry, score_bytes: int):
     """Yields (first tile, end tile, selection blocks its rows may have).
 
     A query of tile i has a position under (i + 1) * queries, whatever the documents are.
@@ -104,7 +101,7 @@ def _chunks(num_tiles: int, queries: int, max_seqlen: int, geometry: Geometry, r
         end = num_tiles if reach == max_seqlen else max(reach // queries, begin + 1)
         end = min(end, num_tiles)
         blocks = triton.cdiv(triton.cdiv(reach, geometry.select_block), 16) * 16
-        fit = max(PLANE_BYTES // (row_bytes * blocks * queries), 1)
+        fit = max(SCORE_BYTES // (score_bytes * blocks * queries), 1)
         size = triton.cdiv(end - begin, triton.cdiv(end - begin, fit))
         for part in range(begin, end, size):
             yield part, min(part + size, end), blocks
@@ -113,14 +110,15 @@ def _chunks(num_tiles: int, queries: int, max_seqlen: int, geometry: Geometry, r
 
 @triton.jit
 def _score_step(
-    q, k_cmp, k_desc, norm, n0, t, key0, count, h, out, plane, blocks, scale,
+    q, k_cmp, k_desc, norm, carry, n0, t, key0, count, h, out, blocks, scale,
     HKV: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
-    L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PLANES: tl.constexpr,
+    L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, REACH: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Importance from the compressed keys of selection blocks n0 // R and the following BN // RP.
+    """Importance of BN // RP selection blocks from n0 // R on, given the keys from n0 on.
 
-    Logits are held transposed, [BN, GP * BQ] with the heads outermost: a query's heads then lie in
+    carry [BN // RP, BQ] is what earlier keys give to these blocks; returns what these and earlier
+    keys give to the next step's. Logits are held transposed, [BN, GP * BQ] with the heads outermost: a query's heads then lie in
     the registers of one thread and are summed there.
     """
     BJ: tl.constexpr = BN // RP
@@ -143,14 +141,24 @@ def _score_step(
     if R != RP:
         p = tl.where(there[:, None], p, 0.0)
     p = tl.sum(p.reshape(BN, GP, BQ), 1).reshape(BJ, RP, BQ)
-    block = n0 // R + tl.arange(0, BJ)
+    j = tl.arange(0, BJ)[:, None]
     start = tl.arange(0, RP) * STRIDE
-    for s in tl.static_range(PLANES):
+    total, carried = carry, tl.zeros_like(carry)
+    for s in tl.static_range(REACH + 1):
         shared = tl.minimum(start + L, (s + 1) * SELECT) - tl.maximum(start, s * SELECT)
         weight = (tl.maximum(shared, 0) // STRIDE).to(tl.float32)
         folded = tl.sum(p * weight[None, :, None], 1)
-        at = out[None, :] + s * plane + block[:, None] + s
-        tl.store(at, folded, mask=(block + s < blocks)[:, None])
+        if s == 0:
+            total += folded
+        else:
+            # Down by s blocks; the last s come out on top, where the next step's first ones are.
+            source = tl.broadcast_to((j + BJ - s) % BJ, BJ, BQ)
+            folded = tl.gather(folded, source, 0)
+            total += tl.where(j >= s, folded, 0.0)
+            carried += tl.where(j < s, folded, 0.0)
+    block = n0 // R + j
+    tl.store(out[None, :] + block, total, mask=block < blocks)
+    return carried
 
 
 @triton.jit
@@ -158,10 +166,10 @@ def _scores(
     q, k_cmp, k_desc, lse, scores, tiles, cu_queries, cu_keys, scale, blocks,
     H: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     DK: tl.constexpr, DKP: tl.constexpr,
-    L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PLANES: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr,
+    L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, LOCAL: tl.constexpr,
+    REACH: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """scores fp32 [PLANES, Hkv, rows, blocks]; plane s holds what block j gets from block j - s."""
+    """scores fp32 [Hkv, rows, blocks], written where a block competes for its query's choice."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     h = tl.program_id(1)
     document = tl.load(tiles + 2 * tile)
@@ -186,7 +194,6 @@ def _scores(
     norm = tl.where(norm == float("-inf"), float("inf"), norm)
 
     num_rows = tl.num_programs(0) * BQ
-    plane = tl.num_programs(1).to(tl.int64) * num_rows * blocks
     out_row = h.to(tl.int64) * num_rows + tile * BQ + tl.arange(0, BQ)
     out = scores + out_row * blocks
 
@@ -195,15 +202,18 @@ def _scores(
     STEP: tl.constexpr = BN // RP * R
     last = tl.minimum(first + BQ, length) - 1
     _, steps, _, full_end = key_steps(first, last, 0, STRIDE, L - 1, False, STEP)
+    # A compressed block much longer than a selection block reaches blocks that have no keys yet.
+    steps = tl.maximum(steps, tl.cdiv(last // SELECT - LOCAL + 1, BN // RP))
+    carry = tl.zeros([BN // RP, BQ], tl.float32)
     for i in range(0, full_end):
-        _score_step(
-            qt, k_cmp, k_desc, norm, i * STEP, t, key0, count, h, out, plane, blocks, scale_log2,
-            HKV, GP, DK, DKP, L, STRIDE, SELECT, PLANES, BQ, BN, R, RP, False,
+        carry = _score_step(
+            qt, k_cmp, k_desc, norm, carry, i * STEP, t, key0, count, h, out, blocks, scale_log2,
+            HKV, GP, DK, DKP, L, STRIDE, SELECT, REACH, BQ, BN, R, RP, False,
         )  # fmt: skip
     for i in range(full_end, steps):
-        _score_step(
-            qt, k_cmp, k_desc, norm, i * STEP, t, key0, count, h, out, plane, blocks, scale_log2,
-            HKV, GP, DK, DKP, L, STRIDE, SELECT, PLANES, BQ, BN, R, RP, True,
+        carry = _score_step(
+            qt, k_cmp, k_desc, norm, carry, i * STEP, t, key0, count, h, out, blocks, scale_log2,
+            HKV, GP, DK, DKP, L, STRIDE, SELECT, REACH, BQ, BN, R, RP, True,
         )  # fmt: skip
 
 
@@ -211,8 +221,7 @@ def _scores(
 def _top_blocks(
     scores, indices, tiles, cu_queries, num_tokens, blocks,
     N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr,
-    L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, PLANES: tl.constexpr,
-    BQ: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    SELECT: tl.constexpr, BQ: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     """The chosen blocks of ROWS neighbouring queries for one KV head."""
     out_row = tl.program_id(0) * ROWS
@@ -233,22 +242,9 @@ def _top_blocks(
     j = tl.arange(0, WIDTH)[None, :]
     num_rows = tl.num_programs(0) * ROWS
     row = h.to(tl.int64) * num_rows + out_row + i
-    at = scores + row[:, None] * blocks + j
-    plane = tl.num_programs(1).to(tl.int64) * num_rows * blocks
-    # What was never written is loaded too, up to a multiple of 16, to keep the loads wide. Of the
-    # blocks that compete all are written once LOCAL blocks hold the longest compressed block.
+    # What was never written is loaded too, up to a multiple of 16, to keep the loads wide.
     limit = tl.minimum((tl.max(t) // SELECT - LOCAL + 16) // 16 * 16, blocks)
-    written = tl.cdiv(num_complete(t, STRIDE, L - 1), SELECT // STRIDE)[:, None]
-    importance = tl.load(at, mask=j < limit, other=0.0)
-    if L > LOCAL * SELECT:
-        importance = tl.where(j < written, importance, 0.0)
-    for s in tl.static_range(1, PLANES):
-        score = tl.load(at + s * plane, mask=j < limit, other=0.0)
-        if s > INITIAL:
-            score = tl.where(j >= s, score, 0.0)
-        if L > LOCAL * SELECT:
-            score = tl.where(j - s < written, score, 0.0)
-        importance += score
+    importance = tl.load(scores + row[:, None] * blocks + j, mask=j < limit, other=0.0)
     # Non-negative floats order like the integers with the same bits, which reduce in one step.
     FORCED: tl.constexpr = 0x7FFFFFFF
     key = tl.where(j <= own, FORCED, -1)
