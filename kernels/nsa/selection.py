@@ -272,9 +272,29 @@ def _top_blocks(
         count = tl.max(rank, 1)[:, None]
         key = tl.where((key == least) & (rank > count - (found - N)), -1, key)
 
+    # The chosen as bits of one word per lane: blocks outnumber them by far, so that a word's bits
+    # are stored one after another.
+    BITS: tl.constexpr = min(32, WIDTH)
+    word = tl.where(key >= least, tl.full([1, 1], 1, tl.uint32) << (j % BITS).to(tl.uint32), 0)
+    word = tl.sum(word.reshape(ROWS, WIDTH // BITS, BITS), 2)
+    count = _num_bits(word)
     at = (h.to(tl.int64) * num_tokens + token0 + t)[:, None] * N
     inside = (t < length)[:, None]
-    chosen = key >= least
-    tl.store(indices + at + tl.cumsum(chosen.to(tl.int32), 1) - 1, j, mask=chosen & inside)
+    slot = tl.cumsum(count, 1) - count
+    base = tl.arange(0, WIDTH // BITS)[None, :] * BITS
+    for i in range(0, tl.max(count)):
+        rest = word & (word - 1)
+        block = base + _num_bits((word ^ rest) - 1)
+        tl.store(indices + at + slot + i, block, mask=(word != 0) & inside)
+        word = rest
     slot = tl.arange(0, triton.next_power_of_2(N))[None, :]
     tl.store(indices + at + slot, -1, mask=(slot >= found) & (slot < N) & inside)
+
+
+@triton.jit
+def _num_bits(x):
+    """How many bits of a uint32 are set, int32."""
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
