@@ -68,13 +68,12 @@ def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen: int, geometry: Geometry
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         width = triton.next_power_of_2(blocks)
-        together = min(max(TOP_WIDTH // width, 1), queries)
         top_warps = 1 if width <= TOP_WIDTH else 4
-        _top_blocks[((end - begin) * queries // together, kv_heads)](
+        _top_blocks[((end - begin) * queries, kv_heads)](
             scores, indices, tiles[begin:], cu_seqlens, tokens, blocks,
             N=n, INITIAL=geometry.num_initial, LOCAL=geometry.num_local, WIDTH=width,
-            SELECT=geometry.select_block, BQ=queries, ROWS=together,
-            GROUPS=min(128 * top_warps, width), num_warps=top_warps,
+            SELECT=geometry.select_block, BQ=queries, GROUPS=min(128 * top_warps, width),
+            num_warps=top_warps,
         )  # fmt: skip
     return indices
 
@@ -118,8 +117,8 @@ def _score_step(
     """Importance of BN // RP selection blocks from n0 // R on, given the keys from n0 on.
 
     carry [BN // RP, BQ] is what earlier keys give to these blocks; returns what these and earlier
-    keys give to the next step's. Logits are held transposed, [BN, GP * BQ] with the heads outermost: a query's heads then lie in
-    the registers of one thread and are summed there.
+    keys give to the next step's. Logits are held transposed, [BN, GP * BQ] with the heads
+    outermost: a query's heads then lie in the registers of one thread and are summed there.
     """
     BJ: tl.constexpr = BN // RP
     if R == RP:
@@ -221,10 +220,10 @@ def _scores(
 def _top_blocks(
     scores, indices, tiles, cu_queries, num_tokens, blocks,
     N: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr, WIDTH: tl.constexpr,
-    SELECT: tl.constexpr, BQ: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    SELECT: tl.constexpr, BQ: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The chosen blocks of ROWS neighbouring queries for one KV head."""
-    out_row = tl.program_id(0) * ROWS
+    """The chosen blocks of one query for one KV head."""
+    out_row = tl.program_id(0)
     h = tl.program_id(1)
     tile = out_row // BQ
     document = tl.load(tiles + 2 * tile)
@@ -232,19 +231,16 @@ def _top_blocks(
         return
     token0 = tl.load(cu_queries + document)
     length = tl.load(cu_queries + document + 1) - token0
-    first = tl.load(tiles + 2 * tile + 1) + out_row % BQ
-    if first >= length:
+    t = tl.load(tiles + 2 * tile + 1) + out_row % BQ
+    if t >= length:
         return
 
-    i = tl.arange(0, ROWS)
-    t = first + i
-    own = tl.where(t < length, t // SELECT, -1)[:, None]  # past the end nothing is there to choose
-    j = tl.arange(0, WIDTH)[None, :]
-    num_rows = tl.num_programs(0) * ROWS
-    row = h.to(tl.int64) * num_rows + out_row + i
+    own = t // SELECT
+    j = tl.arange(0, WIDTH)
+    row = h.to(tl.int64) * tl.num_programs(0) + out_row
     # What was never written is loaded too, up to a multiple of 16, to keep the loads wide.
-    limit = tl.minimum((tl.max(t) // SELECT - LOCAL + 16) // 16 * 16, blocks)
-    importance = tl.load(scores + row[:, None] * blocks + j, mask=j < limit, other=0.0)
+    limit = tl.minimum((own - LOCAL + 16) // 16 * 16, blocks)
+    importance = tl.load(scores + row * blocks + j, mask=j < limit, other=0.0)
     # Non-negative floats order like the integers with the same bits, which reduce in one step.
     FORCED: tl.constexpr = 0x7FFFFFFF
     key = tl.where(j <= own, FORCED, -1)
@@ -252,43 +248,41 @@ def _top_blocks(
 
     # least: the lowest key to choose. It is at least as high as the best groups' lowest maximum,
     # and seldom higher: from there it is raised until no more than N blocks reach it.
-    least = tl.full([ROWS, 1], FORCED, tl.int32)
-    group_max = tl.max(key.reshape(ROWS, WIDTH // GROUPS, GROUPS), 1)
+    least = tl.full([], FORCED, tl.int32)
+    group_max = tl.max(key.reshape(WIDTH // GROUPS, GROUPS), 0)
     for _ in tl.static_range(N - INITIAL - LOCAL):
-        least = tl.max(tl.where(group_max < least, group_max, -1), 1)[:, None]
+        least = tl.max(tl.where(group_max < least, group_max, -1), 0)
     least = tl.maximum(least, 0)
-    found = tl.sum((key >= least).to(tl.int32), 1)[:, None]
-    rising = tl.max(found) > N
-    for _ in range(N, tl.max(found)):
+    found = tl.sum((key >= least).to(tl.int32), 0)
+    rising = found > N
+    for _ in range(N, found):
         if rising:
-            higher = tl.min(tl.where(key > least, key, FORCED), 1)[:, None]
-            reach = tl.sum((key >= higher).to(tl.int32), 1)[:, None]
-            rising = tl.max(tl.where(reach >= N, reach, 0)) > N
+            higher = tl.min(tl.where(key > least, key, FORCED), 0)
+            reach = tl.sum((key >= higher).to(tl.int32), 0)
+            rising = reach > N
             least = tl.where(reach >= N, higher, least)
             found = tl.where(reach >= N, reach, found)
     # Of equal ones the first are chosen.
-    if tl.max(found) > N:
-        rank = tl.cumsum((key == least).to(tl.int32), 1)
-        count = tl.max(rank, 1)[:, None]
+    if found > N:
+        rank = tl.cumsum((key == least).to(tl.int32), 0)
+        count = tl.max(rank, 0)
         key = tl.where((key == least) & (rank > count - (found - N)), -1, key)
 
-    # The chosen as bits of one word per lane: blocks outnumber them by far, so that a word's bits
-    # are stored one after another.
+    # The chosen as bits of one word per lane: they are few, and a word's come out one by one.
     BITS: tl.constexpr = min(32, WIDTH)
-    word = tl.where(key >= least, tl.full([1, 1], 1, tl.uint32) << (j % BITS).to(tl.uint32), 0)
-    word = tl.sum(word.reshape(ROWS, WIDTH // BITS, BITS), 2)
+    bit = tl.full([1], 1, tl.uint32) << (j % BITS).to(tl.uint32)
+    word = tl.sum(tl.where(key >= least, bit, 0).reshape(WIDTH // BITS, BITS), 1)
     count = _num_bits(word)
-    at = (h.to(tl.int64) * num_tokens + token0 + t)[:, None] * N
-    inside = (t < length)[:, None]
-    slot = tl.cumsum(count, 1) - count
-    base = tl.arange(0, WIDTH // BITS)[None, :] * BITS
-    for i in range(0, tl.max(count)):
+    indices += (h.to(tl.int64) * num_tokens + token0 + t) * N
+    slot = tl.cumsum(count, 0) - count
+    first = tl.arange(0, WIDTH // BITS) * BITS
+    for i in range(0, tl.max(count, 0)):
         rest = word & (word - 1)
-        block = base + _num_bits((word ^ rest) - 1)
-        tl.store(indices + at + slot + i, block, mask=(word != 0) & inside)
+        block = first + _num_bits((word ^ rest) - 1)
+        tl.store(indices + slot + i, block, mask=word != 0)
         word = rest
-    slot = tl.arange(0, triton.next_power_of_2(N))[None, :]
-    tl.store(indices + at + slot, -1, mask=(slot >= found) & (slot < N) & inside)
+    slot = tl.arange(0, triton.next_power_of_2(N))
+    tl.store(indices + slot, -1, mask=(slot >= found) & (slot < N))
 
 
 @triton.jit
