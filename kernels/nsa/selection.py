@@ -18,7 +18,6 @@ from kernels.nsa.flash_triton import (
     key_steps,
     key_tiles,
     load_keys,
-    num_complete,
     padded,
     visible,
 )
@@ -44,10 +43,9 @@ def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen: int, geometry: Geometry
     group = triton.next_power_of_2(heads // kv_heads)
     rows, keys, warps, stages = _tile(q, k_cmp)
     ratio = geometry.select_block // geometry.compress_stride
-    # Selection blocks into which the compressed blocks of an earlier one reach: a step passes them
-    # on to the next only.
-    reach = triton.cdiv(geometry.compress_block // geometry.compress_stride - 1, ratio)
-    keys = max(keys, triton.next_power_of_2(ratio) * triton.next_power_of_2(max(reach, 1)))
+    # Selection blocks past its own into which a compressed block reaches: no more than a step has.
+    spill = triton.cdiv(geometry.compress_block // geometry.compress_stride - 1, ratio)
+    keys = max(keys, triton.next_power_of_2(ratio) * triton.next_power_of_2(max(spill, 1)))
     queries = max(rows // group, 1)
 
     indices = torch.empty(kv_heads, tokens, n, dtype=torch.int32, device=q.device)
@@ -63,7 +61,7 @@ def select_blocks(q, k_cmp, lse, cu_seqlens, max_seqlen: int, geometry: Geometry
             tiles[begin:], cu_seqlens, cu_keys, scale, blocks,
             H=heads, HKV=kv_heads, G=heads // kv_heads, GP=group,
             DK=dim, DKP=padded(dim), L=geometry.compress_block, STRIDE=geometry.compress_stride,
-            SELECT=geometry.select_block, LOCAL=geometry.num_local, REACH=reach,
+            SELECT=geometry.select_block, LOCAL=geometry.num_local, SPILL=spill,
             BQ=queries, BN=keys,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -111,7 +109,7 @@ def _chunks(num_tiles: int, queries: int, max_seqlen: int, geometry: Geometry, s
 def _score_step(
     q, k_cmp, k_desc, norm, carry, n0, t, key0, count, h, out, blocks, scale,
     HKV: tl.constexpr, GP: tl.constexpr, DK: tl.constexpr, DKP: tl.constexpr,
-    L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, REACH: tl.constexpr,
+    L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, SPILL: tl.constexpr,
     BQ: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Importance of BN // RP selection blocks from n0 // R on, given the keys from n0 on.
@@ -143,7 +141,7 @@ def _score_step(
     j = tl.arange(0, BJ)[:, None]
     start = tl.arange(0, RP) * STRIDE
     total, carried = carry, tl.zeros_like(carry)
-    for s in tl.static_range(REACH + 1):
+    for s in tl.static_range(SPILL + 1):
         shared = tl.minimum(start + L, (s + 1) * SELECT) - tl.maximum(start, s * SELECT)
         weight = (tl.maximum(shared, 0) // STRIDE).to(tl.float32)
         folded = tl.sum(p * weight[None, :, None], 1)
@@ -166,7 +164,7 @@ def _scores(
     H: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     DK: tl.constexpr, DKP: tl.constexpr,
     L: tl.constexpr, STRIDE: tl.constexpr, SELECT: tl.constexpr, LOCAL: tl.constexpr,
-    REACH: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+    SPILL: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """scores fp32 [Hkv, rows, blocks], written where a block competes for its query's choice."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -207,12 +205,12 @@ def _scores(
     for i in range(0, full_end):
         carry = _score_step(
             qt, k_cmp, k_desc, norm, carry, i * STEP, t, key0, count, h, out, blocks, scale_log2,
-            HKV, GP, DK, DKP, L, STRIDE, SELECT, REACH, BQ, BN, R, RP, False,
+            HKV, GP, DK, DKP, L, STRIDE, SELECT, SPILL, BQ, BN, R, RP, False,
         )  # fmt: skip
     for i in range(full_end, steps):
         carry = _score_step(
             qt, k_cmp, k_desc, norm, carry, i * STEP, t, key0, count, h, out, blocks, scale_log2,
-            HKV, GP, DK, DKP, L, STRIDE, SELECT, REACH, BQ, BN, R, RP, True,
+            HKV, GP, DK, DKP, L, STRIDE, SELECT, SPILL, BQ, BN, R, RP, True,
         )  # fmt: skip
 
 
