@@ -28,6 +28,7 @@ SCORE_BYTES = 512 << 20
 # Queries up to which one chunk serves all lengths; beyond, a chunk ends where the length of its
 # rows has doubled, so that short rows are not searched at the width of long ones.
 FIRST_CHUNK = 16384
+SIDE_BY_SIDE = tl.constexpr(4)  # heads of a group that `_scores` holds as rows of a product
 TOP_WIDTH = 1024  # scores that one warp of `_top_blocks` searches
 
 
@@ -80,11 +81,13 @@ def _tile(q, k_cmp) -> tuple[int, int, int, int]:
     """Rows, keys, warps and stages of `_scores`.
 
     Measured on an H100 (Triton 3.6, bf16, 65,536 tokens): 4 warps were 1.5 to 2 times faster than
-    8, whose two warpgroups run in lockstep, and 128 rows a little faster than 64.
+    8, whose two warpgroups run in lockstep, and 128 rows a little faster than 64. A third stage
+    pays at dimension 64; at 128 it leaves room for two programs on a multiprocessor, not three.
     """
     if q.dtype == torch.float32:
         return 32, 32, 4, 1
-    return (64, 64, 4, 2) if padded(q.shape[2]) > 128 else (128, 64, 4, 3)
+    dim = padded(q.shape[2])
+    return (64, 64, 4, 2) if dim > 128 else (128, 64, 4, 2 if dim == 128 else 3)
 
 
 def _chunks(num_tiles: int, queries: int, max_seqlen: int, geometry: Geometry, score_bytes: int):
@@ -115,8 +118,10 @@ def _score_step(
     """Importance of BN // RP selection blocks from n0 // R on, given the keys from n0 on.
 
     carry [BN // RP, BQ] is what earlier keys give to these blocks; returns what these and earlier
-    keys give to the next step's. Logits are held transposed, [BN, GP * BQ] with the heads
-    outermost: a query's heads then lie in the registers of one thread and are summed there.
+    keys give to the next step's. A query's heads must lie in the registers of one thread, to be
+    summed there: as columns of the product they do when they are outermost. So do up to 4 as rows,
+    see _scores, and then most of a block's keys do so too, whose sum is the costlier the smaller
+    the group.
     """
     BJ: tl.constexpr = BN // RP
     if R == RP:
@@ -131,13 +136,21 @@ def _score_step(
         d = tl.arange(0, DKP)
         at = ((key0 + n).to(tl.int64) * HKV + h)[:, None] * DK + d[None, :]
         k = tl.load(k_cmp + at, mask=there[:, None] & (d < DK)[None, :], other=0.0)
-    s = tl.dot(k, q.T, input_precision="ieee")
+    if GP <= SIDE_BY_SIDE:
+        s = tl.dot(q, k.T, input_precision="ieee").T
+    else:
+        s = tl.dot(k, q.T, input_precision="ieee")
     p = tl.exp2(s * scale - norm[None, :])
     if MASK:
         p = tl.where(visible(n[:, None], t[None, :], 0, STRIDE, L - 1, False), p, 0.0)
     if R != RP:
         p = tl.where(there[:, None], p, 0.0)
-    p = tl.sum(p.reshape(BN, GP, BQ), 1).reshape(BJ, RP, BQ)
+    if GP <= SIDE_BY_SIDE:
+        HALVES: tl.constexpr = min(GP, 2)
+        p = tl.sum(p.reshape(BN, GP // HALVES, BQ // 8, HALVES, 8), 3)
+    else:
+        p = p.reshape(BN, GP, BQ)
+    p = tl.sum(p, 1).reshape(BJ, RP, BQ)
     j = tl.arange(0, BJ)[:, None]
     start = tl.arange(0, RP) * STRIDE
     total, carried = carry, tl.zeros_like(carry)
@@ -180,8 +193,14 @@ def _scores(
     scale_log2 = scale * LOG2E
 
     r = tl.arange(0, GP * BQ)
-    g = r // BQ
-    t = first + r % BQ
+    if GP <= SIDE_BY_SIDE:
+        # One thread holds rows i, i + 8, i + 64 and i + 72 of a product.
+        HALVES: tl.constexpr = min(GP, 2)
+        g = r // (BQ * HALVES) * HALVES + r // 8 % HALVES
+        t = first + r // (8 * HALVES) * 8 % BQ + r % 8
+    else:
+        g = r // BQ
+        t = first + r % BQ
     ok = (t < length) & (g < G)
     row = (token0 + t).to(tl.int64) * H + h * G + g
     d = tl.arange(0, DKP)
