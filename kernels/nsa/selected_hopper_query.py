@@ -49,13 +49,13 @@ def query_gradient(do, q, k, v, lse, delta, dq, union, cu_seqlens, constants, sc
 
 
 @gluon.jit
-def _tile(work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS: gl.constexpr, LIST: gl.constexpr):
+def _tile(work, tiles, counts, cu_seqlens, num_tiles, LIST: gl.constexpr):
     """(KV head, first token, tokens up to the document's end, list, its length) of a piece of work.
 
-    0 tokens: none. The heads of a tile are neighbours, which share nothing but its queries' rows.
+    0 tokens: none. One head after another, since the L2 cache holds the blocks of one, not of all.
     """
-    tile = work // KV_HEADS
-    head = work % KV_HEADS
+    tile = work % num_tiles
+    head = work // num_tiles
     document = gl.load(tiles + 2 * tile)
     count = gl.load(counts + head * num_tiles + tile)
     real = document >= 0
@@ -76,9 +76,7 @@ def _load(
     done = 0
     tile_count = 0
     for work in range(gl.program_id(0), num_tiles * KV_HEADS, gl.num_programs(0)):
-        head, token, left, list_at, count = _tile(
-            work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS, LIST
-        )
+        head, token, left, list_at, count = _tile(work, tiles, counts, cu_seqlens, num_tiles, LIST)
         if count > 0:
             slot = tile_count % SLOTS
             full = q_bars.index(slot)
@@ -168,7 +166,7 @@ def _forward_compute(
     tile_count = 0
     for work in range(gl.program_id(0), num_tiles * KV_HEADS, gl.num_programs(0)):
         head, tile_token, left, list_at, count = _tile(
-            work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS, LIST
+            work, tiles, counts, cu_seqlens, num_tiles, LIST
         )
         token = tile_token + PART * Q + query
         # A finite start keeps rows that have seen nothing free of inf - inf.
@@ -288,7 +286,7 @@ def _gradient_compute(
     tile_count = 0
     for work in range(gl.program_id(0), num_tiles * KV_HEADS, gl.num_programs(0)):
         head, tile_token, left, list_at, count = _tile(
-            work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS, LIST
+            work, tiles, counts, cu_seqlens, num_tiles, LIST
         )
         token = tile_token + PART * Q + query
         row0 = (tile_token + PART * Q).to(gl.int64) * HEADS + head * GROUP
