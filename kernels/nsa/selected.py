@@ -44,7 +44,7 @@ def selected_forward(q, k, v, indices, cu_seqlens, max_seqlen, geometry: Geometr
     if not q.numel():
         return o, lse
     shape = Shape(q, k, v, geometry)
-    union = shape.unions(indices, cu_seqlens, shape.large_by_hand)
+    union = shape.unions(indices, cu_seqlens)
     key_major = None
     if shape.may_be_key_major(v.shape[2]):
         key_major = shape.key_major(union)
@@ -77,9 +77,7 @@ class Shape:
             and self.block == 64
             and self.group in (4, 8, 16, 32, 64)
         )
-        # Those of them that groups of 4 are too small for: dK/dV, whose swizzled tiles have 8 rows
-        # at least, and the forward (65,536 tokens, 85 % shared: 3.9 ms, the portable kernel 3.2).
-        self.large_by_hand = self.by_hand and self.group >= 8
+        self.gathered = self.by_hand and self.group >= 8  # a swizzled tile has 8 rows at least
         self.constants = dict(
             HEADS=self.heads, KV_HEADS=self.kv_heads, GROUP=self.group, DK=dim, DV=value_dim,
             DK_PAD=self.dim_pad, DV_PAD=self.value_pad, NUM_SELECTED=self.num_selected,
@@ -88,9 +86,8 @@ class Shape:
             INT64=self.tokens * self.heads * max(dim, value_dim) >= 1 << 31,  # costs registers
         )  # fmt: skip
 
-    def unions(self, indices, cu_seqlens, by_hand: bool) -> Union:
-        """Of 64 rows, or of 128 for the Gluon kernels' two warpgroups."""
-        parts = 2 if by_hand else 1
+    def unions(self, indices, cu_seqlens, parts: int = 1) -> Union:
+        """Of 64 rows a part."""
         return block_unions(indices, cu_seqlens, self.block, parts * self.queries, parts)
 
     def partial_bytes(self, dim: int) -> int:
@@ -126,10 +123,12 @@ class Shape:
 
 
 def _union_forward(q, k, v, o, lse, union: Union, key_major, cu_seqlens, shape: Shape, scale):
-    if shape.large_by_hand:
-        from kernels.nsa import selected_hopper_query
+    if shape.by_hand:
+        from kernels.nsa import selected_hopper_forward
 
-        selected_hopper_query.forward(q, k, v, o, lse, union, cu_seqlens, shape.constants, scale)
+        if key_major is not None:  # zeros, which the key-major kernels overwrite
+            union = union._replace(counts=union.counts * (1 - key_major[:, None]))
+        selected_hopper_forward.forward(q, k, v, o, lse, union, cu_seqlens, shape.constants, scale)
         return
     _union_forward_kernel[(union.tiles.shape[0], shape.kv_heads)](
         q, shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad), o, lse,

@@ -39,7 +39,8 @@ def selected_backward(
     # Which KV heads get dQ from the key-major kernel: all, none, or those of a device's choice.
     fused = shape.may_be_key_major(q.shape[2])
     if not fused or shape.by_hand:
-        union = shape.unions(indices, cu_seqlens, shape.by_hand)
+        # Two warpgroups of the Gluon kernel share a union.
+        union = shape.unions(indices, cu_seqlens, 2 if shape.by_hand else 1)
         if fused:
             fused = shape.key_major(union)
             # Zeros for the fused heads, which the key-major kernel overwrites.
@@ -79,7 +80,7 @@ def _key_gradients(
     ends = lists.item_ends, lists.split_ends
     common = (lists.blocks, cu_seqlens, *ends, dk_split, dv_split, dk, dv)
     inputs = do, q, k, v, lse, delta
-    if shape.large_by_hand and fused is False:
+    if shape.gathered and fused is False:
         from kernels.nsa import selected_hopper_key
 
         selected_hopper_key.key_gradients(*inputs, lists, common, shape.constants, scale)
