@@ -1,7 +1,7 @@
 """What the Gluon kernels of flash_hopper_query.py and flash_hopper_key.py share.
 
 Barriers come in groups: the first half of a group says "full" and is set by the copies, the second
-says "free" and is set by both computing warpgroups. A slot in its i-th use is full when phase i & 1
+says "free" and is set by the computing warpgroups. A slot in its i-th use is full when phase i & 1
 of its barrier is over.
 """
 
@@ -21,12 +21,12 @@ visible = gluon.jit(flash_triton.visible.fn)
 
 
 @gluon.jit
-def barriers(SLOTS: gl.constexpr):
-    """A group of barriers for SLOTS slots."""
+def barriers(SLOTS: gl.constexpr, CONSUMERS: gl.constexpr = 2):
+    """A group of barriers for SLOTS slots, each read by so many warpgroups."""
     bars = gl.allocate_shared_memory(gl.int64, [2 * SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):
         mbarrier.init(bars.index(i), count=1)
-        mbarrier.init(bars.index(SLOTS + i), count=2)
+        mbarrier.init(bars.index(SLOTS + i), count=CONSUMERS)
     return bars
 
 

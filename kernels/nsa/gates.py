@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import launch
+from kernels.launch import cdiv, launch, next_power_of_2
 
 LN2 = tl.constexpr(0.6931471805599453)
 ROWS = 32  # (token, head) rows of one program
@@ -23,8 +23,8 @@ def merge_branches(gates, o_cmp, o_sel, o_win):
     rows, dim = out.shape[:2].numel(), out.shape[2]
     if rows:
         launch(
-            _merge_kernel, (triton.cdiv(rows, ROWS),),
-            gates, o_cmp, o_sel, o_win, out, rows, DV=dim, DV_PAD=triton.next_power_of_2(dim),
+            _merge_kernel, (cdiv(rows, ROWS),),
+            gates, o_cmp, o_sel, o_win, out, rows, DV=dim, DV_PAD=next_power_of_2(dim),
             ROWS=ROWS, num_warps=4,
         )  # fmt: skip
     return out
@@ -44,9 +44,9 @@ def gate_backward(dout, gates, outs, lses):
     rows, dim = dout.shape[:2].numel(), dout.shape[2]
     if rows:
         launch(
-            _gate_backward_kernel, (triton.cdiv(rows, ROWS),),
+            _gate_backward_kernel, (cdiv(rows, ROWS),),
             dout, gates, *outs, *lses, dgates, lse, delta, rows, DV=dim,
-            DV_PAD=triton.next_power_of_2(dim), ROWS=ROWS, num_warps=4,
+            DV_PAD=next_power_of_2(dim), ROWS=ROWS, num_warps=4,
         )  # fmt: skip
     return dgates, lse, delta
 
@@ -56,9 +56,9 @@ def row_delta(do, o):
     delta = torch.empty(do.shape[:2], dtype=torch.float32, device=do.device)
     if delta.numel():
         launch(
-            _delta_kernel, (triton.cdiv(delta.numel(), ROWS),),
+            _delta_kernel, (cdiv(delta.numel(), ROWS),),
             do, o, delta, delta.numel(), DV=do.shape[2],
-            DV_PAD=triton.next_power_of_2(do.shape[2]), ROWS=ROWS, num_warps=4,
+            DV_PAD=next_power_of_2(do.shape[2]), ROWS=ROWS, num_warps=4,
         )  # fmt: skip
     return delta
 

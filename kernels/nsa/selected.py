@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import TileView, launch
+from kernels.launch import TileView, launch, next_power_of_2
 from kernels.nsa.csr import BlockLists, block_lists
 from kernels.nsa.flash import on_hopper
 from kernels.nsa.geometry import Geometry
@@ -65,9 +65,9 @@ class Shape:
         self.num_selected = geometry.num_selected
         self.block = geometry.select_block
         self.queries = tile_queries(self.group)
-        self.keys = max(triton.next_power_of_2(self.block), 16)
-        self.dim_pad = max(triton.next_power_of_2(dim), 16)
-        self.value_pad = max(triton.next_power_of_2(value_dim), 16)
+        self.keys = max(next_power_of_2(self.block), 16)
+        self.dim_pad = max(next_power_of_2(dim), 16)
+        self.value_pad = max(next_power_of_2(value_dim), 16)
         self.element = q.element_size()
         # What the Gluon kernels are written for.
         self.by_hand = (
@@ -82,13 +82,12 @@ class Shape:
             HEADS=self.heads, KV_HEADS=self.kv_heads, GROUP=self.group, DK=dim, DV=value_dim,
             DK_PAD=self.dim_pad, DV_PAD=self.value_pad, NUM_SELECTED=self.num_selected,
             BLOCK=self.block, KEYS=self.keys, QUERIES=self.queries,
-            ROWS=triton.next_power_of_2(self.queries * self.group),
+            ROWS=next_power_of_2(self.queries * self.group),
             INT64=self.tokens * self.heads * max(dim, value_dim) >= 1 << 31,  # costs registers
         )  # fmt: skip
 
-    def unions(self, indices, cu_seqlens) -> Union:
-        """Of 64 rows, or of 128 for the Gluon kernels' two warpgroups."""
-        parts = 2 if self.by_hand else 1
+    def unions(self, indices, cu_seqlens, parts: int = 1) -> Union:
+        """Of 64 rows a part."""
         return block_unions(indices, cu_seqlens, self.block, parts * self.queries, parts)
 
     def partial_bytes(self, dim: int) -> int:
@@ -109,7 +108,7 @@ class Shape:
     def item_pairs(self) -> int:
         """Pairs per work item: about eight per multiprocessor, so that none is a straggler."""
         pairs = self.kv_heads * self.tokens * self.num_selected
-        return max(triton.next_power_of_2(pairs // 1024), 16 * self.queries)
+        return max(next_power_of_2(pairs // 1024), 16 * self.queries)
 
     def descriptor(self, x: torch.Tensor, pad: int) -> TileView:
         """Blocks [KEYS, pad] of x [T, Hkv, D]; columns past D are other heads' and meet zeros."""
@@ -125,11 +124,11 @@ class Shape:
 
 def _union_forward(q, k, v, o, lse, union: Union, key_major, cu_seqlens, shape: Shape, scale):
     if shape.by_hand:
-        from kernels.nsa import selected_hopper_query
+        from kernels.nsa import selected_hopper_forward
 
         if key_major is not None:  # zeros, which the key-major kernels overwrite
             union = union._replace(counts=union.counts * (1 - key_major[:, None]))
-        selected_hopper_query.forward(q, k, v, o, lse, union, cu_seqlens, shape.constants, scale)
+        selected_hopper_forward.forward(q, k, v, o, lse, union, cu_seqlens, shape.constants, scale)
         return
     launch(
         _union_forward_kernel, (union.tiles.shape[0], shape.kv_heads),
@@ -152,7 +151,7 @@ def _list_forward(
     merge_tiles = tile_map(cu_seqlens, shape.tokens, merge_queries)
     k_desc, v_desc = shape.descriptor(k, shape.dim_pad), shape.descriptor(v, shape.value_pad)
     merge_constants = shape.constants | dict(
-        QUERIES=merge_queries, ROWS=triton.next_power_of_2(merge_queries * shape.group)
+        QUERIES=merge_queries, ROWS=next_power_of_2(merge_queries * shape.group)
     )
     for head in range(0, shape.kv_heads, heads):
         end = min(head + heads, shape.kv_heads)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.launch import launch
+from kernels.launch import cdiv, launch, next_power_of_2
 from kernels.nsa.csr import BlockLists, block_lists
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.selected import LN2, Shape, load_rows
@@ -40,7 +40,8 @@ def selected_backward(
     # Which KV heads get dQ from the key-major kernel: all, none, or those of a device's choice.
     fused = shape.may_be_key_major(q.shape[2])
     if not fused or shape.by_hand:
-        union = shape.unions(indices, cu_seqlens)
+        # Two warpgroups of the Gluon kernel share a union.
+        union = shape.unions(indices, cu_seqlens, 2 if shape.by_hand else 1)
         if fused:
             fused = shape.key_major(union)
             # Zeros for the fused heads, which the key-major kernel overwrites.
@@ -92,7 +93,7 @@ def _key_gradients(
                 *inputs, dq, lists, common, choice, indices, cu_seqlens, shape, scale, with_dq
             )
     launch(
-        _join_kernel, (num_lists, triton.cdiv(shape.block, JOIN_KEYS)),
+        _join_kernel, (num_lists, cdiv(shape.block, JOIN_KEYS)),
         *common, num_blocks, scale, **shape.constants, JOIN_KEYS=JOIN_KEYS, num_warps=4,
     )  # fmt: skip
 
@@ -112,7 +113,7 @@ def _launch_key_gradients(
         sum_queries = max(shape.queries // 4, 1)
         sum_tiles = tile_map(cu_seqlens, shape.tokens, sum_queries)
         sum_constants = shape.constants | dict(
-            QUERIES=sum_queries, ROWS=triton.next_power_of_2(sum_queries * shape.group)
+            QUERIES=sum_queries, ROWS=next_power_of_2(sum_queries * shape.group)
         )
     for head in range(0, shape.kv_heads, heads):
         end = min(head + heads, shape.kv_heads)

@@ -1,4 +1,4 @@
-"""Query-major Gluon kernels for Hopper: forward and dQ of the selected branch.
+"""dQ of the selected branch over the unions of queries, in Gluon for Hopper.
 
 One program per multiprocessor walks over tiles of queries. A producer warp copies the key blocks of
 a tile's union (union.py). Two warpgroups compute, each for half of the tile's queries: they share
@@ -19,17 +19,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.launch import launch
 from kernels.nsa.flash_hopper import multiprocessors, tensor_tiles
 from kernels.nsa.flash_hopper_common import barriers, copy_tile, store_rows
-from kernels.nsa.flash_triton import LN2, LOG2E
+from kernels.nsa.flash_triton import LOG2E
+from kernels.nsa.selected_hopper_forward import union_tile
 
 STAGES = 4
 
 
-def _launch(kernel, queries_of, k, v, tensors, union, cu_seqlens, constants, scale: float):
+def query_gradient(do, q, k, v, lse, delta, dq, union, cu_seqlens, constants, scale) -> None:
+    """Fill dq."""
     queries, group, keys, dim = union.queries, constants["GROUP"], constants["KEYS"], k.shape[2]
     launch(
-        kernel, (multiprocessors(k.device),),
-        *(tensor_tiles(x, queries, group, dim) for x in queries_of),
-        tensor_tiles(k.flatten(1), keys, dim), tensor_tiles(v.flatten(1), keys, dim), *tensors,
+        query_gradient_kernel, (multiprocessors(k.device),),
+        *(tensor_tiles(x, queries, group, dim) for x in (q, do)),
+        *(tensor_tiles(x.flatten(1), keys, dim) for x in (k, v)), lse, delta, dq,
         union.tiles, union.key_rows, union.members, union.counts, cu_seqlens, len(union.tiles),
         scale,
         HEADS=constants["HEADS"], KV_HEADS=constants["KV_HEADS"], GROUP=group, D=dim,
@@ -37,57 +39,25 @@ def _launch(kernel, queries_of, k, v, tensors, union, cu_seqlens, constants, sca
     )  # fmt: skip
 
 
-def forward(q, k, v, o, lse, union, cu_seqlens, constants, scale: float) -> None:
-    """Fill o and lse."""
-    _launch(forward_kernel, (q,), k, v, (o, lse), union, cu_seqlens, constants, scale)
-
-
-def query_gradient(do, q, k, v, lse, delta, dq, union, cu_seqlens, constants, scale) -> None:
-    """Fill dq."""
-    rows = lse, delta, dq
-    _launch(query_gradient_kernel, (q, do), k, v, rows, union, cu_seqlens, constants, scale)
-
-
-@gluon.jit
-def _tile(work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS: gl.constexpr, LIST: gl.constexpr):
-    """(KV head, first token, tokens up to the document's end, list, its length) of a piece of work.
-
-    0 tokens: none. The heads of a tile are neighbours, which share nothing but its queries' rows.
-    """
-    tile = work // KV_HEADS
-    head = work % KV_HEADS
-    document = gl.load(tiles + 2 * tile)
-    count = gl.load(counts + head * num_tiles + tile)
-    real = document >= 0
-    document = gl.maximum(document, 0)
-    token = gl.load(cu_seqlens + document) + gl.load(tiles + 2 * tile + 1)
-    left = gl.where(real, gl.load(cu_seqlens + document + 1) - token, 0)
-    list_at = (head * num_tiles + tile).to(gl.int64) * LIST
-    return head, token, left, list_at, gl.where(real, count, 0)
-
-
 @gluon.jit
 def _load(
     q_desc, do_desc, k_desc, v_desc, q_smem, do_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
     tiles, key_rows, counts, cu_seqlens, num_tiles,
     KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, LIST: gl.constexpr,
-    SLOTS: gl.constexpr, STAGES: gl.constexpr, GRADIENT: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     done = 0
     tile_count = 0
     for work in range(gl.program_id(0), num_tiles * KV_HEADS, gl.num_programs(0)):
-        head, token, left, list_at, count = _tile(
-            work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS, LIST
+        head, token, left, list_at, count = union_tile(
+            work, tiles, counts, cu_seqlens, num_tiles, LIST
         )
         if count > 0:
-            slot = tile_count % SLOTS
-            full = q_bars.index(slot)
-            mbarrier.wait(q_bars.index(SLOTS + slot), (tile_count // SLOTS & 1) ^ 1)
-            num_bytes: gl.constexpr = (1 + GRADIENT) * q_desc.block_type.nbytes
-            mbarrier.expect(full, num_bytes)
-            copy_tile(q_desc, [token, head * GROUP, 0], full, q_smem.index(slot))
-            if GRADIENT:
-                copy_tile(do_desc, [token, head * GROUP, 0], full, do_smem.index(slot))
+            full = q_bars.index(0)
+            mbarrier.wait(q_bars.index(1), (tile_count & 1) ^ 1)
+            mbarrier.expect(full, 2 * q_desc.block_type.nbytes)
+            copy_tile(q_desc, [token, head * GROUP, 0], full, q_smem.index(0))
+            copy_tile(do_desc, [token, head * GROUP, 0], full, do_smem.index(0))
             tile_count += 1
             for i in range(0, count):
                 row = gl.load(key_rows + list_at + i)
@@ -100,139 +70,6 @@ def _load(
                 mbarrier.expect(v_bars.index(slot), v_desc.block_type.nbytes)
                 copy_tile(v_desc, [row, head * D], v_bars.index(slot), v_smem.index(slot))
                 done += 1
-
-
-@gluon.jit
-def _mask(s, first, token, tile_token):
-    """-inf for the keys of the future, which only a tile's own blocks have.
-
-    Rows that did not choose the block are the caller's. One loop with this branch, since ptxas 12.8
-    set up a descriptor for two loops over the blocks in the first alone, which may have no steps.
-    """
-    if first + s.shape[1] > tile_token:
-        key = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
-        s = gl.where(key[None, :] <= token[:, None], s, float("-inf"))
-    return s
-
-
-@gluon.jit
-def _forward_step(
-    acc, m, l, q, k_smem, v_smem, k_bars, v_bars, done, first, bits, tile_token, token, query,
-    scale,
-    M: gl.constexpr, KEYS: gl.constexpr, Q: gl.constexpr, STAGES: gl.constexpr,
-    s_layout: gl.constexpr, p_layout: gl.constexpr,
-):  # fmt: skip
-    slot = done % STAGES
-    phase = done // STAGES & 1
-    mbarrier.wait(k_bars.index(slot), phase)
-    mbarrier.wait(v_bars.index(slot), phase)
-    if (bits & ((1 << Q) - 1)) != 0:
-        zero = gl.zeros([M, KEYS], gl.float32, s_layout)
-        s = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(k_bars.index(STAGES + slot), count=1)
-        s = _mask(s, first, token, tile_token)
-        chose = (bits >> query & 1) != 0
-        new_m = gl.where(chose, gl.maximum(m, gl.max(s, 1) * scale), m)
-        alpha = gl.exp2(m - new_m)
-        p = gl.exp2(s * scale - gl.where(chose, new_m, float("inf"))[:, None])
-        l = l * alpha + gl.sum(p, 1)
-        m = new_m
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-        p = gl.convert_layout(p.to(k_smem.dtype), p_layout)
-        acc = warpgroup_mma(p, v_smem.index(slot), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
-    else:
-        mbarrier.arrive(k_bars.index(STAGES + slot), count=1)
-    mbarrier.arrive(v_bars.index(STAGES + slot), count=1)
-    return acc, m, l
-
-
-@gluon.jit
-def _forward_compute(
-    o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
-    tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
-    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-    LIST: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr, SLOTS: gl.constexpr,
-    STAGES: gl.constexpr, PART: gl.constexpr,
-):  # fmt: skip
-    Q: gl.constexpr = QUERIES // 2
-    M: gl.constexpr = Q * GROUP
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    row = gl.arange(0, M, gl.SliceLayout(1, s_layout))
-    query = row // GROUP
-    scale_log2 = scale * LOG2E
-    done = 0
-    tile_count = 0
-    for work in range(gl.program_id(0), num_tiles * KV_HEADS, gl.num_programs(0)):
-        head, tile_token, left, list_at, count = _tile(
-            work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS, LIST
-        )
-        token = tile_token + PART * Q + query
-        # A finite start keeps rows that have seen nothing free of inf - inf.
-        m = gl.full([M], -1e30, gl.float32, gl.SliceLayout(1, s_layout))
-        l = gl.zeros([M], gl.float32, gl.SliceLayout(1, s_layout))
-        acc = gl.zeros([M, D], gl.float32, acc_layout)
-        if count > 0:
-            slot = tile_count % SLOTS
-            q = q_smem.index(slot).reshape([2 * M, D]).slice(PART * M, M)
-            mbarrier.wait(q_bars.index(slot), tile_count // SLOTS & 1)
-            for i in range(0, count):
-                first = gl.load(key_rows + list_at + i)
-                bits = gl.load(members + list_at + i) >> (PART * Q)
-                acc, m, l = _forward_step(
-                    acc, m, l, q, k_smem, v_smem, k_bars, v_bars, done, first, bits, tile_token,
-                    token, query, scale_log2, M, KEYS, Q, STAGES, s_layout, p_layout,
-                )  # fmt: skip
-                done += 1
-            mbarrier.arrive(q_bars.index(SLOTS + slot), count=1)
-            tile_count += 1
-        some = l > 0
-        l = gl.where(some, l, 1.0)
-        norm = gl.where(some, (m + gl.log2(l)) * LN2, float("-inf"))
-        row0 = (tile_token + PART * Q).to(gl.int64) * HEADS + head * GROUP
-        gl.store(lse + row0 + query * HEADS + row % GROUP, norm, mask=PART * Q + query < left)
-        acc = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, acc_layout))[:, None]
-        store_rows(o, acc, row0, HEADS, left - PART * Q, GROUP, GROUP, M, D)
-
-
-@gluon.jit(do_not_specialize=["num_tiles"])
-def forward_kernel(
-    q_desc, k_desc, v_desc, o, lse, tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
-    HEADS: gl.constexpr, KV_HEADS: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr,
-    LIST: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    SLOTS: gl.constexpr = 2
-    dtype: gl.constexpr = k_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [SLOTS, QUERIES, GROUP, D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, KEYS, D], v_desc.layout)
-    q_bars = barriers(SLOTS)
-    k_bars = barriers(STAGES)
-    v_bars = barriers(STAGES)
-    gl.warp_specialize(
-        [
-            (_forward_compute, (
-                o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
-                tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
-                HEADS, KV_HEADS, GROUP, D, LIST, KEYS, QUERIES, SLOTS, STAGES, 0,
-            )),
-            (_forward_compute, (
-                o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
-                tiles, key_rows, members, counts, cu_seqlens, num_tiles, scale,
-                HEADS, KV_HEADS, GROUP, D, LIST, KEYS, QUERIES, SLOTS, STAGES, 1,
-            )),
-            (_load, (
-                q_desc, q_desc, k_desc, v_desc, q_smem, q_smem, k_smem, v_smem,
-                q_bars, k_bars, v_bars, tiles, key_rows, counts, cu_seqlens, num_tiles,
-                KV_HEADS, GROUP, D, LIST, SLOTS, STAGES, False,
-            )),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -287,8 +124,8 @@ def _gradient_compute(
     done = 0
     tile_count = 0
     for work in range(gl.program_id(0), num_tiles * KV_HEADS, gl.num_programs(0)):
-        head, tile_token, left, list_at, count = _tile(
-            work, tiles, counts, cu_seqlens, num_tiles, KV_HEADS, LIST
+        head, tile_token, left, list_at, count = union_tile(
+            work, tiles, counts, cu_seqlens, num_tiles, LIST
         )
         token = tile_token + PART * Q + query
         row0 = (tile_token + PART * Q).to(gl.int64) * HEADS + head * GROUP
@@ -345,7 +182,7 @@ def query_gradient_kernel(
             (_load, (
                 q_desc, do_desc, k_desc, v_desc, q_smem, do_smem, k_smem, v_smem,
                 q_bars, k_bars, v_bars, tiles, key_rows, counts, cu_seqlens, num_tiles,
-                KV_HEADS, GROUP, D, LIST, 1, STAGES, True,
+                KV_HEADS, GROUP, D, LIST, STAGES,
             )),
         ],
         [4, 1],

@@ -219,10 +219,11 @@ def test_selection_equals_its_definition(case, geometry, seed):
     check_selection(*case, geometry, seed)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_selection_over_many_steps_and_chunks(small_tiles, seed):
-    geometry = [Geometry(8, 4, 16, 5), Geometry(6, 2, 6, 4), Geometry(12, 2, 4, 5)][seed]
-    check_selection([[90], [40, 0, 55], [70]][seed], 1, 2, (16, 16), EXACT, geometry, seed)
+    geometry = [(8, 4, 16, 5), (6, 2, 6, 4), (12, 2, 4, 5), (20, 1, 1, 9)][seed]
+    geometry = Geometry(*geometry)  # the last two: one block reaches over several that follow
+    check_selection([[90], [40, 0, 55], [70], [60]][seed], 1, 2, (16, 16), EXACT, geometry, seed)
 
 
 def test_equal_importance_goes_to_the_lower_block():
