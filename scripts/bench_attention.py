@@ -378,7 +378,8 @@ def ceilings() -> dict[str, float]:
     return dict(tflops=2 * 8192**3 / matmul / 1e9, tb_per_s=2 * big.numel() / copy / 1e9)
 
 
-def measure(settings: BenchSettings) -> dict:
+def measure(settings: BenchSettings, path: Path) -> dict:
+    """All numbers, which are in the JSON file `path` as soon as a shape and length is done."""
     results = environment(torch.device("cuda")) | dict(
         date=time.strftime("%Y-%m-%d"),
         command="python scripts/bench_attention.py " + " ".join(sys.argv[1:]),
@@ -439,12 +440,18 @@ def measure(settings: BenchSettings) -> dict:
                 )  # fmt: skip
         del x, selections
         torch.cuda.empty_cache()
+        _write(path, results)
     for shape, tokens, batch in product(settings.shapes, settings.lengths, settings.decode_batches):
         for name, timing in measure_decode(shape, tokens, batch, settings.seconds).items():
             timing = {key: us / 1e3 for key, us in timing.items()}
             note("decode", timing, 0, shape=shape, tokens=tokens, batch=batch, what=name)
         torch.cuda.empty_cache()
+        _write(path, results)
     return results
+
+
+def _write(path: Path, results: dict) -> None:
+    path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="bench_attention")
@@ -462,8 +469,7 @@ def main(config: DictConfig) -> None:
     output = resolve_path(settings.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if not settings.redraw_path:
-        results = measure(settings)
-        (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        results = measure(settings, output / "results.json")
     (output / "results.md").write_text(tables(results))
     print(tables(results))
     save_figure(results, output / "results.png")
