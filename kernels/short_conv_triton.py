@@ -83,10 +83,9 @@ def _step_kernel(
     for j in tl.static_range(1, W):
         tap = tl.load(weight + j * C + c, mask=c < C, other=0.0).to(tl.float32)
         # Plus W - 1: the remainder of a negative number would be negative.
-        row = (position - j + W - 1) % (W - 1)
-        acc += tap * tl.load(rows + row * C, mask=(c < C) & (position >= j), other=0.0).to(
-            tl.float32
-        )
+        at = rows + (position - j + W - 1) % (W - 1) * C
+        known = c < tl.where(position >= j, C, 0)
+        acc += tap * tl.load(at, mask=known, other=0.0).to(tl.float32)
     tl.store(y + b * C + c, acc.to(y.dtype.element_ty), mask=c < C)
     # The oldest token's row, which this thread has read.
     tl.store(rows + position % (W - 1) * C, newest, mask=c < C)
