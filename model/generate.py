@@ -10,6 +10,8 @@ from torch import Tensor
 from model.cache import Cache
 from model.decoder import Decoder
 
+WARM_STEPS = 2  # what a Step does once: its first call compiles, its second is captured
+
 
 def generate(
     model: Decoder,
