@@ -40,10 +40,10 @@ def make(batch, tokens, heads, dim, geometry, dtype):
 
 
 def pooled(x, score, position, geometry):
-    """The pool over one sequence [n, Hkv, D] in float64 from scores as rounded as in training."""
+    """The pool over one sequence [n, Hkv, D] in float64, from scores rounded as in training."""
     cu_seqlens = torch.tensor([0, len(x)], dtype=torch.int32)
     x, score, position = x.cpu(), score.cpu(), position.cpu()
-    logits = (x * score).sum(-1).double()
+    logits = (x.double() * score).sum(-1).to(x.dtype).double()
     rows = gated_pool(x.double(), logits, position.double(), cu_seqlens, geometry)
     return rows[: geometry.num_compressed(len(x))]
 
