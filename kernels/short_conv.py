@@ -22,6 +22,32 @@ def short_conv(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
     return _short_conv(x.contiguous(), weight.contiguous(), positions)
 
 
+@torch.library.custom_op("nsa::short_conv_step", mutates_args=("ring",))
+def short_conv_step(x: Tensor, weight: Tensor, ring: Tensor, lengths: Tensor) -> Tensor:
+    """The convolution of one new token of every sequence, for inference: x [B, C] -> [B, C].
+
+    ring [B, W - 1, C] holds the tokens before it, token t in row t % (W - 1), and gets it;
+    lengths int32 [B] counts each sequence's tokens with it. All contiguous.
+    """
+    if x.is_cuda:
+        from kernels.short_conv_triton import step  # needs a working Triton
+
+        return step(x, weight, ring, lengths)
+    sequence, reach = torch.arange(len(x), device=x.device), ring.shape[1]
+    wide, position = torch.promote_types(x.dtype, torch.float32), lengths - 1
+    y = weight[0].to(wide) * x
+    for j in range(1, reach + 1):
+        earlier = ring[sequence, (position - j) % reach] * (position >= j)[:, None]
+        y = y + weight[j].to(wide) * earlier
+    ring[sequence, position % reach] = x
+    return y.to(x.dtype)
+
+
+@short_conv_step.register_fake
+def _(x, *rest):
+    return torch.empty_like(x)
+
+
 def _shifted(x: Tensor, positions: Tensor, j: int) -> Tensor:
     """Row t is x_(t - j), or zero where that is not of t's document."""
     rows = torch.cat([x.new_zeros(min(j, len(x)), x.shape[1]), x[: max(len(x) - j, 0)]])

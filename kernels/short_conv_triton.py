@@ -38,6 +38,16 @@ def backward(dy, x, weight, positions):
     return dx, partial.sum(0).to(weight.dtype)
 
 
+def step(x, weight, ring, lengths):
+    """See kernels.short_conv.short_conv_step."""
+    y, (batch, channels) = torch.empty_like(x), x.shape
+    if x.numel():
+        _step_kernel[(batch, triton.cdiv(channels, CHANNELS))](
+            x, weight, ring, lengths, y, C=channels, W=len(weight), CHANNELS=CHANNELS, num_warps=1
+        )
+    return y
+
+
 def _grid(x):
     return cdiv(len(x), TOKENS), cdiv(x.shape[1], CHANNELS)
 
@@ -58,6 +68,27 @@ def _forward_kernel(
         acc += tap[None, :] * tl.load(x + at - j * C, mask=seen, other=0.0).to(tl.float32)
     inside = (t < num_tokens)[:, None] & (c < C)[None, :]
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _step_kernel(
+    x, weight, ring, lengths, y, C: tl.constexpr, W: tl.constexpr, CHANNELS: tl.constexpr
+):
+    b = tl.program_id(0)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    position = tl.load(lengths + b) - 1
+    newest = tl.load(x + b * C + c, mask=c < C, other=0.0)
+    rows = ring + b * (W - 1) * C + c
+    acc = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32) * newest.to(tl.float32)
+    for j in tl.static_range(1, W):
+        tap = tl.load(weight + j * C + c, mask=c < C, other=0.0).to(tl.float32)
+        # Plus W - 1: the remainder of a negative number would be negative.
+        at = rows + (position - j + W - 1) % (W - 1) * C
+        known = c < tl.where(position >= j, C, 0)
+        acc += tap * tl.load(at, mask=known, other=0.0).to(tl.float32)
+    tl.store(y + b * C + c, acc.to(y.dtype.element_ty), mask=c < C)
+    # The oldest token's row, which this thread has read.
+    tl.store(rows + position % (W - 1) * C, newest, mask=c < C)
 
 
 @triton.jit

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from kernels.nsa.append import append
+
+T = TypeVar("T")
 
 
 class LayerCache:
@@ -26,59 +32,69 @@ class LayerCache:
         return self._cache.max_length
 
     @property
-    def positions(self) -> Tensor | None:
+    def lengths(self) -> Tensor | None:
         """Set during a step of one new token for every sequence: see Cache."""
-        return self._cache.positions
+        return self._cache.lengths
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives, made by the first layer that asks for it in a step."""
+        shared = self._cache.shared
+        if name not in shared:
+            shared[name] = make()
+        return shared[name]
 
     def buffer(self, name: str, rows: int, like: Tensor) -> Tensor:
         """The buffer [B, rows, *like.shape[1:]] under this name."""
         return self._allocate(self.buffers, name, rows, like)
 
-    def append(self, name: str, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Store the new rows x [T, ...], delimited by cu_seqlens [B + 1]; returns the buffer."""
-        buffer = self.buffer(name, self.max_length, x)
-        self._write(buffer, x, cu_seqlens)
-        return buffer
-
     def recent_rows(self, name: str, rows: int, like: Tensor) -> Tensor:
-        """The buffer that append_recent writes, before the current call's tokens are in it."""
+        """The same for the last `rows` tokens of a sequence: token t lies in row t % rows."""
         return self._allocate(self.recent, name, rows, like)
 
-    def append_recent(self, name: str, rows: int, x: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """As append, but only the last `rows` tokens are kept: token t lies in row t % rows."""
-        buffer = self.recent_rows(name, rows, x)
-        self._write(buffer, x, cu_seqlens)
-        return buffer
+    def append(self, cu_seqlens: Tensor, **tokens: Tensor) -> list[Tensor]:
+        """Store new rows [T, Hkv, D] of each name, delimited by cu_seqlens [B + 1]; returns the
+        buffers [B, max_length, Hkv, D]."""
+        buffers = [self.buffer(name, self.max_length, x) for name, x in tokens.items()]
+        self.write(buffers, list(tokens.values()), cu_seqlens)
+        return buffers
+
+    def write(self, buffers: list[Tensor], tokens: list[Tensor], cu_seqlens: Tensor) -> None:
+        """Store new rows [T, ...] in a buffer each: token t in row t % rows, the last ones stay."""
+        if self.lengths is not None:
+            append(buffers, tokens, self.lengths)
+            return
+        for b, (low, high) in enumerate(pairwise(cu_seqlens.tolist())):
+            end = self.past[b] + high - low
+            for buffer, x in zip(buffers, tokens, strict=True):
+                rows = buffer.shape[1]
+                kept = min(high - low, rows)
+                place = torch.arange(end - kept, end, device=x.device) % rows
+                buffer[b, place] = x[high - kept : high]
 
     def _allocate(self, buffers, name, rows, like) -> Tensor:
         if name not in buffers:
             buffers[name] = like.new_zeros(len(self.past), rows, *like.shape[1:])
         return buffers[name]
 
-    def _write(self, buffer: Tensor, x: Tensor, cu_seqlens: Tensor) -> None:
-        rows = buffer.shape[1]
-        if self.positions is not None:
-            buffer[torch.arange(len(x), device=x.device), self.positions % rows] = x
-            return
-        for b, (low, high) in enumerate(pairwise(cu_seqlens.tolist())):
-            kept = min(high - low, rows)
-            end = self.past[b] + high - low
-            buffer[b, torch.arange(end - kept, end, device=x.device) % rows] = x[high - kept : high]
-
 
 class Cache:
     """Caches of all layers for a batch of sequences of at most max_length tokens each.
 
-    While every sequence gets exactly one new token, `positions` int64 [B] holds their places on the
-    model's device, and layers must not look at anything on the host, so that the step can be
+    While every sequence gets exactly one new token, `lengths` int32 [B] counts their tokens with it
+    on the model's device, and layers must not look at anything on the host, so that the step can be
     captured in a CUDA graph. Otherwise it is None.
     """
 
     def __init__(self, batch_size: int, num_layers: int, max_length: int):
         self.past = [0] * batch_size
         self.max_length = max_length
-        self.positions: Tensor | None = None
+        self.step(None)
         self.layers = [LayerCache(self) for _ in range(num_layers)]
+
+    def step(self, lengths: Tensor | None) -> None:
+        """What the coming new tokens are: see above."""
+        self.lengths = lengths
+        self.shared: dict[str, Any] = {}  # see LayerCache.once
 
     def check(self, new: list[int]) -> None:
         """Raise ValueError if that many new tokens of each sequence do not fit."""

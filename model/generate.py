@@ -10,6 +10,8 @@ from torch import Tensor
 from model.cache import Cache
 from model.decoder import Decoder
 
+WARM_STEPS = 2  # what a Step does once: its first call compiles, its second is captured
+
 
 def generate(
     model: Decoder,
@@ -115,7 +117,7 @@ class Step:
             self._run()
 
     def _run(self) -> None:
-        self.cache.positions = self.positions
+        self.cache.step((self.positions + 1).int())
         hidden = self.model.hidden(self.tokens, self.positions, self.cu_seqlens, 1, self.cache)
         self.logits = self.model.logits(hidden)
         self.tokens.copy_(_sample(self.logits, *self.sampling, self.generator))
@@ -138,7 +140,7 @@ def feed(model: Decoder, cache: Cache, new: Sequence[Sequence[int]]) -> Tensor:
     tokens = torch.tensor([t for tokens in new for t in tokens], device=device)
     starts = zip(counts, cache.past, strict=True)
     positions = torch.cat([torch.arange(start, start + n) for n, start in starts]).to(device)
-    cache.positions = positions if set(counts) == {1} else None
+    cache.step((positions + 1).int() if set(counts) == {1} else None)
     hidden = model.hidden(tokens, positions, cu_seqlens, max(counts), cache)
     cache.advance(counts)
     return hidden

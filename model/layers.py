@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import rotary
+
 
 class Rope(NamedTuple):
     """Where tokens stand: positions int64 [T], their cos and sin fp32 [T, D / 2]."""
@@ -70,9 +72,16 @@ class Rotary(nn.Module):
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn x [T, heads, D] by its positions; the arithmetic is fp32, the result has x's dtype."""
-    cos, sin = rope.cos[:, None], rope.sin[:, None]
-    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return rotary.rotate(x, rope.cos, rope.sin)
+
+
+def norm_rotate(x: Tensor, norm: nn.Module, rope: Rope, inference: bool) -> Tensor:
+    """rotate() of x [T, heads, D] after `norm`, an RMSNorm or Identity; one operator without a
+    gradient for inference."""
+    if not inference:
+        return rotate(norm(x), rope)
+    weight, eps = (norm.weight, norm.eps) if isinstance(norm, nn.RMSNorm) else (None, 0.0)
+    return rotary.norm_rotate(x, weight, rope.cos, rope.sin, eps)
 
 
 PROJECTED_AT_ONCE = {"cuda"}  # device types, for compiled code

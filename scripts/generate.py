@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from data.config import command_line, from_config, resolve_path
 from data.tokenizer import end_of_text_id
 from model.checkpoint import Checkpoint, load_checkpoint
-from model.generate import stream
+from model.generate import WARM_STEPS, stream
 
 
 @dataclass(frozen=True)
@@ -89,29 +89,43 @@ def continue_text(
     """
     tokenizer = checkpoint.tokenizer
     prompt = [*history, *tokenizer.encode(text, add_special_tokens=False).ids]
-    new, shown = [], 0
-    start = first = time.perf_counter()
+    new, shown, clock = [], 0, [time.perf_counter()]
     for (token,) in stream(
         checkpoint.model, [prompt], settings.max_new_tokens, settings.temperature, settings.top_p,
         [end_of_text_id(tokenizer)], settings.seed,
     ):  # fmt: skip
-        if not new:
-            first = time.perf_counter()
+        clock.append(time.perf_counter())
         new.append(token)
         continuation = tokenizer.decode(new)
         if not continuation.endswith("\ufffd"):  # a character's bytes may span several tokens
             print(continuation[shown:], end="", flush=True)
             shown = len(continuation)
     print(flush=True)
-    if len(new) > 1:
-        prefill, rest = first - start, time.perf_counter() - first
-        print(
-            f"{len(prompt):,} prompt tokens in {prefill:.2f} s ({len(prompt) / prefill:,.0f} "
-            f"tokens/s), then {len(new) - 1:,} in {rest:.2f} s ({(len(new) - 1) / rest:,.0f} "
-            "tokens/s)",
-            file=sys.stderr,
-        )
+    if new:
+        compiles = checkpoint.model.embedding.weight.is_cuda and len(history) == 1
+        print(speed(len(prompt), clock, compiles), file=sys.stderr)
     return [*prompt, *new]
+
+
+def speed(prompt_tokens: int, clock: list[float], compiles: bool) -> str:
+    """One line from the times, in seconds, at the start and at each new token.
+
+    The rates leave out what happens once: a process compiles kernels for its first prompt, and the
+    first steps after any prompt make the CUDA graph that the others replay.
+    """
+    prefill = clock[1] - clock[0]
+    line = f"{prompt_tokens:,} prompt tokens in {prefill:.2f} s"
+    if compiles:
+        line += ", compilation of kernels included"
+    else:
+        line += f" ({prompt_tokens / prefill:,.0f} tokens/s)"
+    if len(clock) > 2:
+        line += f", then {len(clock) - 2:,} in {clock[-1] - clock[1]:.2f} s"
+    steady = clock[1 + WARM_STEPS :]
+    if len(steady) > 1:
+        rate = (len(steady) - 1) / (steady[-1] - steady[0])
+        line += f" (the last {len(steady) - 1:,} at {rate:,.0f} tokens/s)"
+    return line
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.attention.short_conv import ShortConv
 from model.cache import LayerCache
-from model.layers import Rope, project, rotate
+from model.layers import Rope, norm_rotate, project
 from model.parallel import HeadExchange
 
 
@@ -74,7 +74,7 @@ class Attention(nn.Module, ABC):
             x, self.q_proj, self.branch_gates, *pairs, self.gate_proj
         )
         q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        q = rotate(self.q_norm(q), rope)
+        q = norm_rotate(q, self.q_norm, rope, inference=cache is not None)
         keys_values = [
             kv(k, v, rope, cu_seqlens, cache, self.exchange, name)
             for (name, kv), k, v in zip(
@@ -149,4 +149,4 @@ class KeyValue(nn.Module):
             where = rope.positions, cu_seqlens, cache, exchange
             k, v = self.k_conv(k, *where, f"{name}_k"), self.v_conv(v, *where, f"{name}_v")
         k, v = k.unflatten(-1, self.heads), v.unflatten(-1, self.heads)
-        return rotate(self.k_norm(k), rope), v
+        return norm_rotate(k, self.k_norm, rope, inference=cache is not None), v

@@ -15,10 +15,9 @@ class FullAttention(Attention):
     def attend(self, q, keys_values, branch_gates, cu_seqlens, max_seqlen, cache):
         ((k, v),) = keys_values
         if cache is not None:
-            ks, vs = (cache.append(name, t, cu_seqlens) for name, t in (("k", k), ("v", v)))
-            if cache.positions is not None:
-                lengths = (cache.positions + 1).int()
-                return window_decode(q, ks, vs, lengths, cache.max_length, self.scale)
+            ks, vs = cache.append(cu_seqlens, k=k, v=v)
+            if cache.lengths is not None:
+                return window_decode(q, ks, vs, cache.lengths, cache.max_length, self.scale)
             if any(cache.past):
                 return full_cached(q, ks, vs, cu_seqlens, cache.past, self.scale)
         q, k, v = self.to_heads(q, k, v)

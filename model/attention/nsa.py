@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.nsa.append import append
 from kernels.nsa.compress import gated_pool, gather_blocks, mean_pool
 from kernels.nsa.decode import nsa_decode
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.ops import attention_flops, nsa_attention
 from kernels.nsa.reference import nsa_cached
 from model.attention.base import Attention
+from model.cache import LayerCache
 
 ALL_HEADS = slice(None)
 
@@ -28,6 +30,10 @@ class MeanCompression(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor, own: slice = ALL_HEADS) -> Tensor:
         """x [T, heads, D] of the layer's key/value heads `own` -> [C, heads, D]"""
         return mean_pool(x, cu_seqlens, self.geometry)
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """x [C, l, heads, D] -> [C, heads, D]"""
+        return x.mean(1)
 
 
 class GatedMeanCompression(nn.Module):
@@ -62,8 +68,12 @@ class MLPCompression(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, own: slice = ALL_HEADS) -> Tensor:
         """x [T, heads, D] of the layer's key/value heads `own` -> [C, heads, D]"""
-        blocks = gather_blocks(x, cu_seqlens, self.geometry) + self.position  # [C, l, Hkv, D]
-        return self.down_proj(F.gelu(self.up_proj(blocks.transpose(1, 2).flatten(2))))
+        return self.blocks(gather_blocks(x, cu_seqlens, self.geometry))
+
+    def blocks(self, x: Tensor) -> Tensor:
+        """x [C, l, heads, D] -> [C, heads, D]"""
+        x = (x + self.position).transpose(1, 2).flatten(2)
+        return self.down_proj(F.gelu(self.up_proj(x)))
 
 
 COMPRESSIONS = {
@@ -111,22 +121,18 @@ class NSAAttention(Attention):
         gates = torch.sigmoid(branch_gates).unflatten(-1, (self.num_heads, 3))
         (k_raw, v_raw), (k_sel, v_sel), (k_win, v_win) = keys_values
         if cache is not None:
-            compressed = [
-                self._append_blocks(cache, "k_cmp", k_raw, cu_seqlens, self.compress_k),
-                self._append_blocks(cache, "v_cmp", v_raw, cu_seqlens, self.compress_v),
-            ]
+            raw = dict(k_cmp=k_raw, v_cmp=v_raw)
             tokens = dict(k_sel=k_sel, v_sel=v_sel, k_win=k_win, v_win=v_win)
-            caches = [cache.append(name, t, cu_seqlens) for name, t in tokens.items()]
-            if cache.positions is not None:
-                lengths = (cache.positions + 1).int()
-                return nsa_decode(
-                    q, *compressed, *caches, gates, lengths, self.geometry, self.scale
-                )
+            if cache.lengths is not None:
+                caches = self._append_step(cache, raw, tokens)
+                return nsa_decode(q, *caches, gates, cache.lengths, self.geometry, self.scale)
+            caches = self._append_blocks(cache, raw, cu_seqlens) + cache.append(
+                cu_seqlens, **tokens
+            )
             if any(cache.past):
                 return nsa_cached(
-                    q, *compressed, *caches, gates, cu_seqlens, cache.past, self.geometry,
-                    self.scale,
-                )  # fmt: skip
+                    q, *caches, gates, cu_seqlens, cache.past, self.geometry, self.scale
+                )
         # Whole documents, in training or as prompts.
         q, gates, k_raw, v_raw, k_sel, v_sel, k_win, v_win = self.to_heads(
             q, gates, k_raw, v_raw, k_sel, v_sel, k_win, v_win
@@ -140,45 +146,60 @@ class NSAAttention(Attention):
         )  # fmt: skip
         return self.to_tokens(out)
 
-    def _append_blocks(self, cache, name, x, cu_seqlens, phi) -> Tensor:
-        """Compress the blocks that the new tokens complete, and only those.
+    def _block_caches(self, cache: LayerCache, raw: dict[str, Tensor]) -> tuple[list[Tensor], ...]:
+        """Of keys and values: compressed rows [B, capacity, Hkv, D], and the last l tokens, of which
+        an unfinished block is made."""
+        rows = self.geometry.capacity(cache.max_length)
+        return (
+            [cache.buffer(name, rows, x) for name, x in raw.items()],
+            [cache.recent_rows(name, self.geometry.compress_block, x) for name, x in raw.items()],
+        )
 
-        The last l tokens stay in the cache: an unfinished block needs no more of the past.
-        Returns the cache of compressed rows [B, capacity, Hkv, D].
-        """
+    def _append_blocks(self, cache, raw, cu_seqlens) -> list[Tensor]:
+        """Compress the blocks that the new tokens complete, and only those; the compressed rows."""
         geometry, length = self.geometry, self.geometry.compress_block
-        buffer = cache.buffer(name, geometry.capacity(cache.max_length), x)
-        if cache.positions is not None:
-            recent = cache.append_recent(name, length, x, cu_seqlens)
-            return self._append_last_block(buffer, recent, cache.positions + 1, phi)
+        compressed, rings = self._block_caches(cache, raw)
         for b, (low, high) in enumerate(pairwise(cu_seqlens.tolist())):
-            first, new = geometry.num_compressed(cache.past[b]), x[low:high]
-            if cache.past[b]:
-                begin = first * geometry.compress_stride
-                rows = torch.arange(begin, cache.past[b], device=x.device) % length
-                new = torch.cat([cache.recent[name][b, rows], new])
-            done = geometry.num_compressed(len(new))
-            if done:
-                alone = torch.tensor([0, len(new)], dtype=torch.int32, device=x.device)
-                buffer[b, first : first + done] = phi(new, alone)[:done]
-        cache.append_recent(name, length, x, cu_seqlens)
-        return buffer
+            first, past = geometry.num_compressed(cache.past[b]), cache.past[b]
+            begin = first * geometry.compress_stride
+            old = torch.arange(begin, past, device=cu_seqlens.device) % length
+            count = past - begin + high - low
+            done = geometry.num_compressed(count)
+            alone = torch.tensor([0, count], dtype=torch.int32, device=cu_seqlens.device)
+            phis = self.compress_k, self.compress_v
+            for phi, x, rows, ring in zip(phis, raw.values(), compressed, rings, strict=True):
+                if done:
+                    new = torch.cat([ring[b, old], x[low:high]])
+                    rows[b, first : first + done] = phi(new, alone)[:done]
+        cache.write(rings, list(raw.values()), cu_seqlens)
+        return compressed
 
-    def _append_last_block(self, buffer, recent, lengths, phi) -> Tensor:
-        """One new token each, without a look at the host: the last l tokens are always compressed,
-        but stored only where they are a block.
-        """
-        geometry, (batch, length) = self.geometry, recent.shape[:2]
-        sequence = torch.arange(batch, device=recent.device)
-        oldest_first = (lengths[:, None] + torch.arange(length, device=recent.device)) % length
-        tokens = recent[sequence[:, None], oldest_first].flatten(0, 1)
-        borders = torch.arange(batch + 1, dtype=torch.int32, device=recent.device) * length
-        block = phi(tokens, borders)[:batch]
-        complete = (lengths >= length) & ((lengths - length) % geometry.compress_stride == 0)
-        row = (geometry.num_compressed(lengths) - 1).clamp(min=0)
-        block = torch.where(complete[:, None, None], block, buffer[sequence, row])
-        buffer[sequence, row] = block.to(buffer.dtype)
-        return buffer
+    def _append_step(self, cache, raw, tokens) -> list[Tensor]:
+        """One new token of every sequence into all caches, without a look at the host."""
+        compressed, rings = self._block_caches(cache, raw)
+        buffers = [cache.buffer(name, cache.max_length, x) for name, x in tokens.items()]
+        new = [rings + buffers, [*raw.values(), *tokens.values()], cache.lengths]
+        phis = self.compress_k, self.compress_v
+        if isinstance(self.compress_k, GatedMeanCompression):
+            scores, positions = [phi.score for phi in phis], [phi.position for phi in phis]
+            append(*new, compressed, scores, positions, self.geometry.compress_stride)
+        else:
+            append(*new)
+            last, rows = cache.once("blocks", lambda: self._last_blocks(cache.lengths))
+            blocks = [
+                phi.blocks(ring.flatten(0, 1)[last]) for phi, ring in zip(phis, rings, strict=True)
+            ]
+            append(compressed, blocks, rows)
+        return compressed + buffers
+
+    def _last_blocks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the sequences' last l tokens lie in flat rings, oldest first, int64 [B, l]; and how
+        many blocks there are with the one that they are, int32 [B], 0 where they are none."""
+        length, stride = self.geometry.compress_block, self.geometry.compress_stride
+        first = torch.arange(len(lengths), device=lengths.device)[:, None] * length
+        place = (lengths[:, None] + torch.arange(length, device=lengths.device)) % length
+        complete = (lengths >= length) & ((lengths - length) % stride == 0)
+        return first + place, self.geometry.num_compressed(lengths) * complete
 
     def flops(self, tokens: int) -> int:
         return sum(

@@ -19,10 +19,9 @@ class SlidingAttention(Attention):
     def attend(self, q, keys_values, branch_gates, cu_seqlens, max_seqlen, cache):
         ((k, v),) = keys_values
         if cache is not None:
-            ks, vs = (cache.append(name, t, cu_seqlens) for name, t in (("k", k), ("v", v)))
-            if cache.positions is not None:
-                lengths = (cache.positions + 1).int()
-                return window_decode(q, ks, vs, lengths, self.window, self.scale)
+            ks, vs = cache.append(cu_seqlens, k=k, v=v)
+            if cache.lengths is not None:
+                return window_decode(q, ks, vs, cache.lengths, self.window, self.scale)
             if any(cache.past):
                 return sliding_cached(q, ks, vs, cu_seqlens, cache.past, self.window, self.scale)
         q, k, v = self.to_heads(q, k, v)

@@ -56,6 +56,19 @@ def test_the_operator_keeps_its_promises():
         assert torch.autograd.gradcheck(op.short_conv, inputs)
 
 
+@pytest.mark.parametrize("step", [short_conv_triton.step, op.short_conv_step], ids=["kernel", "op"])
+@pytest.mark.parametrize("width, channels", [(4, 70), (2, 64), (3, 3)])
+def test_token_by_token_equals_the_whole(step, width, channels):
+    x, weight, positions = make([9, 9], channels, width)
+    want = op._twin_forward(x, weight, positions).view(2, 9, channels)
+    x = x.view(2, 9, channels)
+    ring = torch.full((2, width - 1, channels), 1e3, device=DEVICE)  # wrong where read too early
+    for t in range(9):
+        lengths = torch.tensor([t + 1] * 2, dtype=torch.int32, device=DEVICE)
+        got = step(x[:, t].contiguous(), weight, ring, lengths)
+        torch.testing.assert_close(got, want[:, t], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
 def test_in_bf16_and_always_the_same():
     x, weight, positions = make([5000, 1, 777], 512, 4, torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.build import build_decoder
 from model.cache import Cache
@@ -45,6 +46,36 @@ def test_a_full_cache_is_one_sentence():
     step()
     with pytest.raises(ValueError, match="holds 4 tokens; 5 are needed"):
         step()
+
+
+class Counter(TorchDispatchMode):
+    """How many operators ran inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "attention, most", dict(full=24, sliding=24, nsa=37, nsa_mlp=54, nsa_mean=44).items()
+)
+@torch.inference_mode()
+def test_a_layer_of_a_step_is_few_operators(attention, most):
+    """Views included. Each is a launch on a GPU, and a small model's step waits for nothing else."""
+    counts = []
+    for layers in (1, 2):
+        model = build_decoder(MODEL | dict(num_layers=layers), ATTENTIONS[attention], VOCAB)
+        cache = Cache(2, layers, 20)
+        tokens = extend(model, cache, [[1] * 9, [2] * 5]).argmax(-1)
+        step = Step(model, cache, tokens, 0.0, 1.0, torch.Generator())
+        with Counter() as counter:
+            step()
+        counts.append(counter.count)
+    assert counts[1] - counts[0] <= most
 
 
 def test_samples_follow_the_distribution():

@@ -10,6 +10,7 @@ import torch
 from data.tokenizer import train_tokenizer
 from model.build import build_decoder
 from model.checkpoint import save_weights
+from scripts.generate import speed
 from tests.model.test_decoder import ATTENTIONS, MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,3 +64,20 @@ def test_chat_continues_the_text_so_far(checkpoint):
 def test_a_wrong_argument_is_one_sentence(checkpoint, argument, message):
     done = run(checkpoint, argument)
     assert done.returncode and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_rates_leave_out_what_happens_once():
+    clock = [
+        0.0,
+        2.0,
+        5.0,
+        9.0,
+        9.5,
+        10.0,
+    ]  # a prompt, two steps that compile and capture, two more
+    told = speed(1000, clock, compiles=False)
+    assert told == (
+        "1,000 prompt tokens in 2.00 s (500 tokens/s), then 4 in 8.00 s (the last 2 at 2 tokens/s)"
+    )
+    assert "(500 tokens/s)" not in speed(1000, clock, compiles=True)
+    assert speed(7, clock[:2], compiles=True).endswith("compilation of kernels included")
