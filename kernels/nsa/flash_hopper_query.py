@@ -17,8 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.nsa.flash_hopper_common import (
+    as_rows,
     barriers,
     copy_tile,
+    merged,
     query_steps,
     query_tile,
     stat_row,
@@ -108,7 +110,7 @@ def _forward_step(
 
 @gluon.jit
 def _forward_compute(
-    o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+    o, lse, gates, o_cmp, o_sel, out, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
     tiles, cu_queries, cu_keys, num_tiles, window, scale,
     H: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, GP: gl.constexpr,
     DK: gl.constexpr, DV: gl.constexpr,
@@ -184,12 +186,17 @@ def _forward_compute(
         norm = gl.where(some, (m + gl.log2(l)) * LN2, float("-inf"))
         gl.store(lse + row, norm, mask=ok)
         acc = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, acc_layout))[:, None]
-        store_rows(o, acc, row0, H, length - t0, GP, G, M, DV)
+        x, rows, exist, at = as_rows(acc.to(o.dtype.element_ty), row0, H, length - t0, GP, G, M, DV)
+        gl.store(o + at, x, mask=exist[:, None])
+        if out is not None:
+            total = merged(gates, o_cmp, o_sel, x, rows, exist, at, exist[:, None])
+            gl.store(out + at, total.to(out.dtype.element_ty), mask=exist[:, None])
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "window"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, o, lse, tiles, cu_queries, cu_keys, num_tiles, window, scale,
+    q_desc, k_desc, v_desc, o, lse, gates, o_cmp, o_sel, out,
+    tiles, cu_queries, cu_keys, num_tiles, window, scale,
     H: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, GP: gl.constexpr,
     DK: gl.constexpr, DV: gl.constexpr,
     STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOWED: gl.constexpr,
@@ -205,12 +212,14 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_forward_compute, (
-                o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                o, lse, gates, o_cmp, o_sel, out,
+                q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
                 tiles, cu_queries, cu_keys, num_tiles, window, scale,
                 H, HKV, G, GP, DK, DV, STRIDE, OFFSET, WINDOWED, BQ, BN, SLOTS, STAGES, 0,
             )),
             (_forward_compute, (
-                o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                o, lse, gates, o_cmp, o_sel, out,
+                q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
                 tiles, cu_queries, cu_keys, num_tiles, window, scale,
                 H, HKV, G, GP, DK, DV, STRIDE, OFFSET, WINDOWED, BQ, BN, SLOTS, STAGES, 1,
             )),
