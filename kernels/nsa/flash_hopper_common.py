@@ -15,6 +15,7 @@ from kernels.nsa import flash_triton, gates
 
 # Triton 3.9 has only the new name, 3.6 only the old one.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+load_parts = gluon.jit(gates.load_parts.fn)
 merged = gluon.jit(gates.merged.fn)
 num_complete = gluon.jit(flash_triton.num_complete.fn)
 stat_row = gluon.jit(flash_triton.stat_row.fn)
@@ -32,17 +33,17 @@ def barriers(SLOTS: gl.constexpr, CONSUMERS: gl.constexpr = 2):
 
 
 @gluon.jit
-def as_rows(
-    x, row, stride, count, per_row: gl.constexpr, valid: gl.constexpr,
+def memory_rows(
+    dtype: gl.constexpr, row, stride, count, per_row: gl.constexpr, valid: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
-    """x [N, D], 16 bytes of a row to a thread, and where it belongs in memory [..., D].
+    """Where the rows of (i // per_row, i % per_row), i < N, are in memory [..., D] of `dtype`.
 
-    Its rows are those of (i // per_row, i % per_row), i < N, and lie at
-    row + i // per_row * stride + i % per_row. Returns x, these, which of them exist, namely those
-    with i // per_row < count and i % per_row < valid, and the offsets [N, D].
+    They are the rows row + i // per_row * stride + i % per_row. Returns these, whether they exist,
+    which takes i // per_row < count and i % per_row < valid, and the offsets [N, D], in a layout of
+    16 bytes a thread.
     """
-    WIDTH: gl.constexpr = 128 // x.dtype.primitive_bitwidth
+    WIDTH: gl.constexpr = 128 // dtype.primitive_bitwidth
     layout: gl.constexpr = gl.BlockedLayout(
         [1, WIDTH], [32 * WIDTH // D, D // WIDTH], [4, 1], [1, 0]
     )
@@ -50,7 +51,7 @@ def as_rows(
     d = gl.arange(0, D, gl.SliceLayout(0, layout))
     rows = row + i // per_row * stride + i % per_row
     exist = (i // per_row < count) & (i % per_row < valid)
-    return gl.convert_layout(x, layout), rows, exist, rows[:, None] * D + d[None, :]
+    return rows, exist, rows[:, None] * D + d[None, :]
 
 
 @gluon.jit
@@ -58,13 +59,13 @@ def store_rows(
     out, x, row, stride, count, per_row: gl.constexpr, valid: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, ADD: gl.constexpr = False,
 ):  # fmt: skip
-    """x [N, D] to, or with ADD onto, the rows of out [..., D] that as_rows names."""
-    x, rows, exist, at = as_rows(
-        x.to(out.dtype.element_ty), row, stride, count, per_row, valid, N, D
-    )
+    """x [N, D] to, or with ADD onto, the rows of out [..., D] that memory_rows says."""
+    dtype: gl.constexpr = out.dtype.element_ty
+    rows, exist, at = memory_rows(dtype, row, stride, count, per_row, valid, N, D)
+    x = gl.convert_layout(x.to(dtype), at.type.layout)
     if ADD:
         old = gl.load(out + at, mask=exist[:, None], other=0.0)
-        x = (x.to(gl.float32) + old.to(gl.float32)).to(out.dtype.element_ty)
+        x = (x.to(gl.float32) + old.to(gl.float32)).to(dtype)
     gl.store(out + at, x, mask=exist[:, None])
 
 

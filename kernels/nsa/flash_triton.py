@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import TileView, launch, next_power_of_2
-from kernels.nsa.gates import merged
+from kernels.nsa.gates import load_parts, merged
 from kernels.nsa.tiles import tile_map
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -253,7 +253,7 @@ def _forward(
     tl.store(o + at, acc, mask=keep)
     tl.store(lse + row, tl.where(some, (m + tl.log2(l)) * LN2, float("-inf")), mask=ok)
     if out is not None:
-        total = merged(gates, o_cmp, o_sel, acc, row, ok, at, keep)
+        total = merged(load_parts(gates, o_cmp, o_sel, row, ok, at, keep), acc)
         tl.store(out + at, total.to(out.dtype.element_ty), mask=keep)
 
 

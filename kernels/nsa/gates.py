@@ -62,20 +62,28 @@ def _rows(num_rows, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def merged(gates, o_cmp, o_sel, o_win, row, valid, at, mask):
-    """sum_c g^c * o^c in fp32 of rows [R] of [T * H], which exist where `valid`.
+def load_parts(gates, o_cmp, o_sel, row, valid, at, mask):
+    """What `merged` needs beside the window's output, of rows [R] of [T * H] that exist if `valid`.
 
-    o_win [R, Dv] as it is stored, that is rounded; `at` and mask [R, Dv] place it in o_cmp, o_sel.
+    at and mask [R, Dv] say where in o_cmp and o_sel.
     """
-    total = 0.0
-    for c in tl.static_range(3):
-        gate = tl.load(gates + row * 3 + c, mask=valid, other=0.0).to(tl.float32)
-        if c < 2:
-            o = tl.load((o_cmp if c == 0 else o_sel) + at, mask=mask, other=0.0)
-        else:
-            o = o_win
-        total += gate[:, None] * o.to(tl.float32)
-    return total
+    gates += row * 3
+    return (
+        tl.load(gates, mask=valid, other=0.0),
+        tl.load(gates + 1, mask=valid, other=0.0),
+        tl.load(gates + 2, mask=valid, other=0.0),
+        tl.load(o_cmp + at, mask=mask, other=0.0),
+        tl.load(o_sel + at, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def merged(parts, o_win):
+    """sum_c g^c * o^c [R, Dv] in fp32; o_win as it is stored, that is rounded."""
+    g_cmp, g_sel, g_win, o_cmp, o_sel = parts
+    total = 0.0 + g_cmp.to(tl.float32)[:, None] * o_cmp.to(tl.float32)
+    total += g_sel.to(tl.float32)[:, None] * o_sel.to(tl.float32)
+    return total + g_win.to(tl.float32)[:, None] * o_win.to(tl.float32)
 
 
 @triton.jit
