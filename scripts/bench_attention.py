@@ -266,6 +266,8 @@ def measure_full(x: Inputs, backend, seconds: float):
 @torch.no_grad()
 def measure_parts(x: Inputs, indices, seconds: float):
     """Yields (part, direction, timing, operations, bytes that must move)."""
+    from kernels.nsa.window import window_forward  # needs a working Triton
+
     run, geo, docs, scale = ops._triton(), GEOMETRY, x.docs, x.scale
     flops = ops.attention_flops(x.tokens, x.heads, 2 * x.dim, geo)
     k_cmp, v_cmp = x.pool()
@@ -273,7 +275,7 @@ def measure_parts(x: Inputs, indices, seconds: float):
     sel, win = (x.q, x.k, x.v), (x.q, x.k_win, x.v_win)
     o_cmp, lse_cmp = run.compressed_forward(*cmp, *docs, geo, scale)
     o_sel, lse_sel = run.selected_forward(*sel, indices, *docs, geo, scale)
-    o_win, lse_win = run.window_forward(*win, *docs, geo.window, scale)
+    o_win, lse_win = window_forward(*win, *docs, geo.window, scale)
     outs, lses = (o_cmp, o_sel, o_win), (lse_cmp, lse_sel, lse_win)
     _, lse, delta = run.gate_backward(x.dout, x.gates, outs, lses)
     dq = torch.zeros_like(x.q)
@@ -281,8 +283,10 @@ def measure_parts(x: Inputs, indices, seconds: float):
         "compressed": lambda: run.compressed_forward(*cmp, *docs, geo, scale),
         "select": lambda: run.select_blocks(x.q, k_cmp, lse_cmp, *docs, geo, scale),
         "selected": lambda: run.selected_forward(*sel, indices, *docs, geo, scale),
-        "window": lambda: run.window_forward(*win, *docs, geo.window, scale),
-        "gate": lambda: run.merge_branches(x.gates, *outs),
+        "window": lambda: window_forward(*win, *docs, geo.window, scale),
+        "window + gate": lambda: run.window_and_merge(
+            *win, x.gates, o_cmp, o_sel, *docs, geo.window, scale
+        ),
         "pool": x.pool,
     }
     backwards = {
@@ -302,7 +306,7 @@ def measure_parts(x: Inputs, indices, seconds: float):
         ("select", "forward"): x.bytes(queries=1, compressed=1),
         ("selected", "forward"): x.bytes(queries=2, keys=2),
         ("window", "forward"): x.bytes(queries=2, keys=2),
-        ("gate", "forward"): x.bytes(queries=4),
+        ("window + gate", "forward"): x.bytes(queries=5, keys=2),
         ("pool", "forward"): x.bytes(keys=2, compressed=2),
         ("compressed", "backward"): x.bytes(queries=4, compressed=4),
         ("selected", "backward"): x.bytes(queries=3, keys=4),
@@ -313,6 +317,7 @@ def measure_parts(x: Inputs, indices, seconds: float):
     work = {(part, "forward"): count for part, count in flops.items()}
     work |= {(part, "backward"): 5 * count // 2 for part, count in flops.items()}
     work["select", "forward"] = flops["compressed"] // 2
+    work["window + gate", "forward"] = flops["window"]
     for direction, calls in (("forward", forwards), ("backward", backwards)):
         for part, call in calls.items():
             key = part, direction

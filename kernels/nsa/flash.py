@@ -109,13 +109,17 @@ def _tiles(q, k, v, keys: Keys) -> Tiles:
     return portable[max(padded(max(dims)), 64)]
 
 
-def flash_forward(q, k, v, cu_seqlens, keys: Keys, scale: float):
-    """o [T, H, Dv] in q's dtype and lse [T, H] fp32; a query that sees nothing gets 0 and -inf."""
+def flash_forward(q, k, v, cu_seqlens, keys: Keys, scale: float, merge=(None,) * 4):
+    """o [T, H, Dv] in q's dtype and lse [T, H] fp32; a query that sees nothing gets 0 and -inf.
+
+    merge: gates [T, H, 3], two other branches' o, and a tensor of their shape that is filled with
+    what the gates make of the three, o last; contiguous.
+    """
     _check(q, k, v)
     o = q.new_empty(*q.shape[:2], v.shape[2])
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     tile = _tiles(q, k, v, keys).forward
-    _backend(tile).forward(q, k, v, o, lse, cu_seqlens, keys, tile, scale)
+    _backend(tile).forward(q, k, v, o, lse, merge, cu_seqlens, keys, tile, scale)
     return o, lse
 
 

@@ -35,8 +35,8 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward(q, k, v, o, lse, cu_seqlens, keys, tile, scale: float) -> None:
-    """Fill o and lse."""
+def forward(q, k, v, o, lse, merge, cu_seqlens, keys, tile, scale: float) -> None:
+    """Fill o and lse, and what flash.flash_forward says of merge."""
     shape = sizes(q, k, v, keys)
     queries = tile.rows // shape["GP"]
     work = tile_map(cu_seqlens, q.shape[0], queries)
@@ -44,7 +44,7 @@ def forward(q, k, v, o, lse, cu_seqlens, keys, tile, scale: float) -> None:
         forward_kernel, (multiprocessors(q.device),),
         tensor_tiles(q, queries, shape["GP"], q.shape[2]),
         tensor_tiles(k.flatten(1), tile.keys, k.shape[2]),
-        tensor_tiles(v.flatten(1), tile.keys, v.shape[2]), o, lse,
+        tensor_tiles(v.flatten(1), tile.keys, v.shape[2]), o, lse, *merge,
         work, cu_seqlens, keys.cu_keys, len(work), keys.window or 0, scale,
         **shape, BQ=queries, BN=tile.keys, SLOTS=2, STAGES=tile.stages, num_warps=4,
     )  # fmt: skip

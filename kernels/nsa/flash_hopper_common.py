@@ -11,10 +11,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from kernels.nsa import flash_triton
+from kernels.nsa import flash_triton, gates
 
 # Triton 3.9 has only the new name, 3.6 only the old one.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+load_parts = gluon.jit(gates.load_parts.fn)
+merged = gluon.jit(gates.merged.fn)
 num_complete = gluon.jit(flash_triton.num_complete.fn)
 stat_row = gluon.jit(flash_triton.stat_row.fn)
 visible = gluon.jit(flash_triton.visible.fn)
@@ -31,29 +33,40 @@ def barriers(SLOTS: gl.constexpr, CONSUMERS: gl.constexpr = 2):
 
 
 @gluon.jit
+def memory_rows(
+    dtype: gl.constexpr, row, stride, count, per_row: gl.constexpr, valid: gl.constexpr,
+    N: gl.constexpr, D: gl.constexpr,
+):  # fmt: skip
+    """Where the rows of (i // per_row, i % per_row), i < N, are in memory [..., D] of `dtype`.
+
+    They are the rows row + i // per_row * stride + i % per_row. Returns these, whether they exist,
+    which takes i // per_row < count and i % per_row < valid, and the offsets [N, D], in a layout of
+    16 bytes a thread.
+    """
+    WIDTH: gl.constexpr = 128 // dtype.primitive_bitwidth
+    layout: gl.constexpr = gl.BlockedLayout(
+        [1, WIDTH], [32 * WIDTH // D, D // WIDTH], [4, 1], [1, 0]
+    )
+    i = gl.arange(0, N, gl.SliceLayout(1, layout))
+    d = gl.arange(0, D, gl.SliceLayout(0, layout))
+    rows = row + i // per_row * stride + i % per_row
+    exist = (i // per_row < count) & (i % per_row < valid)
+    return rows, exist, rows[:, None] * D + d[None, :]
+
+
+@gluon.jit
 def store_rows(
     out, x, row, stride, count, per_row: gl.constexpr, valid: gl.constexpr,
     N: gl.constexpr, D: gl.constexpr, ADD: gl.constexpr = False,
 ):  # fmt: skip
-    """x [N, D] to, or with ADD onto, the rows of out [..., D] of (i // per_row, i % per_row), i < N.
-
-    They lie at row + i // per_row * stride + i % per_row. Stored are those with
-    i // per_row < count and i % per_row < valid.
-    """
-    WIDTH: gl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
-    layout: gl.constexpr = gl.BlockedLayout(
-        [1, WIDTH], [32 * WIDTH // D, D // WIDTH], [4, 1], [1, 0]
-    )
-    x = gl.convert_layout(x.to(out.dtype.element_ty), layout)
-    i = gl.arange(0, N, gl.SliceLayout(1, layout))
-    d = gl.arange(0, D, gl.SliceLayout(0, layout))
-    rows = row + i // per_row * stride + i % per_row
-    keep = (i // per_row < count) & (i % per_row < valid)
-    out += rows[:, None] * D + d[None, :]
+    """x [N, D] to, or with ADD onto, the rows of out [..., D] that memory_rows says."""
+    dtype: gl.constexpr = out.dtype.element_ty
+    rows, exist, at = memory_rows(dtype, row, stride, count, per_row, valid, N, D)
+    x = gl.convert_layout(x.to(dtype), at.type.layout)
     if ADD:
-        old = gl.load(out, mask=keep[:, None], other=0.0)
-        x = (x.to(gl.float32) + old.to(gl.float32)).to(out.dtype.element_ty)
-    gl.store(out, x, mask=keep[:, None])
+        old = gl.load(out + at, mask=exist[:, None], other=0.0)
+        x = (x.to(gl.float32) + old.to(gl.float32)).to(dtype)
+    gl.store(out + at, x, mask=exist[:, None])
 
 
 @gluon.jit

@@ -19,6 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels.nsa.flash_hopper_common import (
     barriers,
     copy_tile,
+    load_parts,
+    memory_rows,
+    merged,
     query_steps,
     query_tile,
     stat_row,
@@ -108,7 +111,7 @@ def _forward_step(
 
 @gluon.jit
 def _forward_compute(
-    o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+    o, lse, gates, o_cmp, o_sel, out, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
     tiles, cu_queries, cu_keys, num_tiles, window, scale,
     H: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, GP: gl.constexpr,
     DK: gl.constexpr, DV: gl.constexpr,
@@ -120,6 +123,7 @@ def _forward_compute(
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    dtype: gl.constexpr = k_smem.dtype
     scale_log2 = scale * LOG2E
     done = 0
     tile_count = 0
@@ -139,6 +143,7 @@ def _forward_compute(
         m = gl.full([M], -1.0e30, gl.float32, gl.SliceLayout(1, s_layout))
         l = gl.zeros([M], gl.float32, gl.SliceLayout(1, s_layout))
         acc = gl.zeros([M, DV], gl.float32, acc_layout)
+        p = gl.zeros([M, BN], dtype, p_layout)
         if steps > 0:
             q_slot = tile_count % SLOTS
             q = q_smem.index(q_slot).reshape([2 * M, DK]).slice(PART * M, M)
@@ -154,7 +159,7 @@ def _forward_compute(
             p, alpha, m, l = _softmax(
                 s, m, l, n0, t, window, scale_log2, STRIDE, OFFSET, WINDOWED, BN, True
             )
-            p = gl.convert_layout(p.to(k_smem.dtype), p_layout)
+            p = gl.convert_layout(p.to(dtype), p_layout)
             done += 1
             masked_end = gl.maximum(masked, 1)
             for i in range(1, masked_end):
@@ -173,6 +178,11 @@ def _forward_compute(
                 done += 1
             mbarrier.arrive(q_bars.index(SLOTS + q_slot), count=1)
             tile_count += 1
+        rows, exist, at = memory_rows(dtype, row0, H, length - t0, GP, G, M, DV)
+        if out is not None:
+            # Asked for before the last product, so that they arrive behind it.
+            parts = load_parts(gates, o_cmp, o_sel, rows, exist, at, exist[:, None])
+        if steps > 0:
             slot = (done - 1) % STAGES
             mbarrier.wait(v_bars.index(slot), (done - 1) // STAGES & 1)
             acc = warpgroup_mma(p, v_smem.index(slot), acc, is_async=True)
@@ -184,12 +194,16 @@ def _forward_compute(
         norm = gl.where(some, (m + gl.log2(l)) * LN2, float("-inf"))
         gl.store(lse + row, norm, mask=ok)
         acc = acc * gl.convert_layout(1.0 / l, gl.SliceLayout(1, acc_layout))[:, None]
-        store_rows(o, acc, row0, H, length - t0, GP, G, M, DV)
+        acc = gl.convert_layout(acc.to(dtype), at.type.layout)
+        gl.store(o + at, acc, mask=exist[:, None])
+        if out is not None:
+            gl.store(out + at, merged(parts, acc).to(dtype), mask=exist[:, None])
 
 
 @gluon.jit(do_not_specialize=["num_tiles", "window"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, o, lse, tiles, cu_queries, cu_keys, num_tiles, window, scale,
+    q_desc, k_desc, v_desc, o, lse, gates, o_cmp, o_sel, out,
+    tiles, cu_queries, cu_keys, num_tiles, window, scale,
     H: gl.constexpr, HKV: gl.constexpr, G: gl.constexpr, GP: gl.constexpr,
     DK: gl.constexpr, DV: gl.constexpr,
     STRIDE: gl.constexpr, OFFSET: gl.constexpr, WINDOWED: gl.constexpr,
@@ -205,12 +219,14 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_forward_compute, (
-                o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                o, lse, gates, o_cmp, o_sel, out,
+                q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
                 tiles, cu_queries, cu_keys, num_tiles, window, scale,
                 H, HKV, G, GP, DK, DV, STRIDE, OFFSET, WINDOWED, BQ, BN, SLOTS, STAGES, 0,
             )),
             (_forward_compute, (
-                o, lse, q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
+                o, lse, gates, o_cmp, o_sel, out,
+                q_smem, k_smem, v_smem, q_bars, k_bars, v_bars,
                 tiles, cu_queries, cu_keys, num_tiles, window, scale,
                 H, HKV, G, GP, DK, DV, STRIDE, OFFSET, WINDOWED, BQ, BN, SLOTS, STAGES, 1,
             )),

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.launch import TileView, launch, next_power_of_2
+from kernels.nsa.gates import load_parts, merged
 from kernels.nsa.tiles import tile_map
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -61,14 +62,14 @@ def _query_tiles(x: torch.Tensor, queries: int, group: int) -> TileView:
     return TileView(x, (queries, group, padded(x.shape[2])))
 
 
-def forward(q, k, v, o, lse, cu_seqlens, keys, tile: Tile, scale: float) -> None:
-    """Fill o and lse."""
+def forward(q, k, v, o, lse, merge, cu_seqlens, keys, tile: Tile, scale: float) -> None:
+    """Fill o and lse, and what flash.flash_forward says of merge."""
     shape = sizes(q, k, v, keys)
     queries = max(tile.rows // shape["GP"], 1)
     work = tile_map(cu_seqlens, q.shape[0], queries)
     launch(
         _forward, (len(work), k.shape[1]),
-        q, key_tiles(k, tile.keys), key_tiles(v, tile.keys), o, lse,
+        q, key_tiles(k, tile.keys), key_tiles(v, tile.keys), o, lse, *merge,
         work, cu_seqlens, keys.cu_keys, keys.window or 0, scale,
         **shape, DKP=padded(q.shape[2]), DVP=padded(v.shape[2]),
         BQ=queries, BN=tile.keys, PEEL=tile.peel, num_warps=tile.warps, num_stages=tile.stages,
@@ -189,7 +190,8 @@ def _softmax_step(
 
 @triton.jit(do_not_specialize=["window"])
 def _forward(
-    q, k_desc, v_desc, o, lse, tiles, cu_queries, cu_keys, window, scale,
+    q, k_desc, v_desc, o, lse, gates, o_cmp, o_sel, out,
+    tiles, cu_queries, cu_keys, window, scale,
     H: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr, DKP: tl.constexpr, DVP: tl.constexpr,
     STRIDE: tl.constexpr, OFFSET: tl.constexpr, WINDOWED: tl.constexpr,
@@ -245,10 +247,14 @@ def _forward(
 
     some = l > 0
     l = tl.where(some, l, 1.0)
-    acc = acc / l[:, None]
+    acc = (acc / l[:, None]).to(o.dtype.element_ty)
+    at = row[:, None] * DV + dv[None, :]
     keep = ok[:, None] & (dv < DV)[None, :]
-    tl.store(o + row[:, None] * DV + dv[None, :], acc.to(o.dtype.element_ty), mask=keep)
+    tl.store(o + at, acc, mask=keep)
     tl.store(lse + row, tl.where(some, (m + tl.log2(l)) * LN2, float("-inf")), mask=ok)
+    if out is not None:
+        total = merged(load_parts(gates, o_cmp, o_sel, row, ok, at, keep), acc)
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit

@@ -1,5 +1,8 @@
 """The gate: three branch outputs become one (Eq. 5), and the way back.
 
+The way there has no kernel of its own: the window branch, the last one, calls `merged` on its rows
+while they are in registers.
+
 Gates multiply rows, so the backward needs no gated copies of dO. With o = sum_c g_c o_c and
 P_c = exp(S_c - lse_c), a branch's gradients for g_c dO are those for dO with P_c scaled by g_c, and
 that scale fits into the statistics: g_c P_c = exp(S_c - (lse_c - log g_c)). The gate's own gradient
@@ -14,20 +17,6 @@ from kernels.launch import cdiv, launch, next_power_of_2
 
 LN2 = tl.constexpr(0.6931471805599453)
 ROWS = 32  # (token, head) rows of one program
-
-
-def merge_branches(gates, o_cmp, o_sel, o_win):
-    """sum_c g^c * o^c: gates [T, H, 3], branch outputs [T, H, Dv]; fp32 inside."""
-    gates = gates.contiguous()
-    out = torch.empty_like(o_cmp)
-    rows, dim = out.shape[:2].numel(), out.shape[2]
-    if rows:
-        launch(
-            _merge_kernel, (cdiv(rows, ROWS),),
-            gates, o_cmp, o_sel, o_win, out, rows, DV=dim, DV_PAD=next_power_of_2(dim),
-            ROWS=ROWS, num_warps=4,
-        )  # fmt: skip
-    return out
 
 
 def gate_backward(dout, gates, outs, lses):
@@ -73,17 +62,28 @@ def _rows(num_rows, DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _merge_kernel(
-    gates, o_cmp, o_sel, o_win, out, num_rows,
-    DV: tl.constexpr, DV_PAD: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    row, valid, at, mask = _rows(num_rows, DV, DV_PAD, ROWS)
-    total = tl.zeros([ROWS, DV_PAD], tl.float32)
-    for c in tl.static_range(3):
-        o = o_cmp if c == 0 else (o_sel if c == 1 else o_win)
-        gate = tl.load(gates + row * 3 + c, mask=valid, other=0.0).to(tl.float32)
-        total += gate[:, None] * tl.load(o + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=mask)
+def load_parts(gates, o_cmp, o_sel, row, valid, at, mask):
+    """What `merged` needs beside the window's output, of rows [R] of [T * H] that exist if `valid`.
+
+    at and mask [R, Dv] say where in o_cmp and o_sel.
+    """
+    gates += row * 3
+    return (
+        tl.load(gates, mask=valid, other=0.0),
+        tl.load(gates + 1, mask=valid, other=0.0),
+        tl.load(gates + 2, mask=valid, other=0.0),
+        tl.load(o_cmp + at, mask=mask, other=0.0),
+        tl.load(o_sel + at, mask=mask, other=0.0),
+    )
+
+
+@triton.jit
+def merged(parts, o_win):
+    """sum_c g^c * o^c [R, Dv] in fp32; o_win as it is stored, that is rounded."""
+    g_cmp, g_sel, g_win, o_cmp, o_sel = parts
+    total = 0.0 + g_cmp.to(tl.float32)[:, None] * o_cmp.to(tl.float32)
+    total += g_sel.to(tl.float32)[:, None] * o_sel.to(tl.float32)
+    return total + g_win.to(tl.float32)[:, None] * o_win.to(tl.float32)
 
 
 @triton.jit

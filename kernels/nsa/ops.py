@@ -91,9 +91,8 @@ def _triton() -> SimpleNamespace:
         select_blocks=selection.select_blocks,
         selected_forward=selected.selected_forward,
         selected_backward=selected_backward.selected_backward,
-        window_forward=window.window_forward,
+        window_and_merge=window.window_and_merge,
         window_backward=window.window_backward,
-        merge_branches=gates.merge_branches,
         gate_backward=gates.gate_backward,
     )
 
@@ -118,8 +117,9 @@ def _attention(
     o_cmp, lse_cmp = run.compressed_forward(q, k_cmp, v_cmp, *docs, geo, scale)
     indices = run.select_blocks(q, k_cmp, lse_cmp, *docs, geo, scale)
     o_sel, lse_sel = run.selected_forward(q, k_sel, v_sel, indices, *docs, geo, scale)
-    o_win, lse_win = run.window_forward(q, k_win, v_win, *docs, geo.window, scale)
-    out = run.merge_branches(gates, o_cmp, o_sel, o_win)
+    out, o_win, lse_win = run.window_and_merge(
+        q, k_win, v_win, gates, o_cmp, o_sel, *docs, geo.window, scale
+    )
     return out, o_cmp, lse_cmp, o_sel, lse_sel, o_win, lse_win, indices
 
 

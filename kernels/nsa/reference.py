@@ -319,6 +319,14 @@ def window_forward(q, k, v, cu_seqlens, max_seqlen, window: int, scale: float):
     return attention_forward(q, k, v, tiles, scale)
 
 
+def window_and_merge(
+    q, k, v, gates, o_cmp, o_sel, cu_seqlens, max_seqlen, window: int, scale: float
+):
+    """The merged output of the three branches, then o and lse of window_forward."""
+    o, lse = window_forward(q, k, v, cu_seqlens, max_seqlen, window, scale)
+    return merge_branches(gates, o_cmp, o_sel, o), o, lse
+
+
 def window_backward(
     do, q, k, v, lse, delta, cu_seqlens, max_seqlen, window: int, scale: float, dq=None
 ):

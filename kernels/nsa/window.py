@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from kernels.nsa.flash import Keys, flash_backward, flash_forward
 
 
@@ -14,6 +16,20 @@ def window_forward(q, k, v, cu_seqlens, max_seqlen: int, window: int, scale: flo
     """
     keys = _keys(cu_seqlens, max_seqlen, window)
     return flash_forward(q, k, v, cu_seqlens, keys, scale)
+
+
+def window_and_merge(
+    q, k, v, gates, o_cmp, o_sel, cu_seqlens, max_seqlen: int, window: int, scale: float
+):
+    """window_forward, and the gate (Eq. 5) on its rows before they leave the registers.
+
+    gates [T, H, 3]; o_cmp and o_sel [T, H, Dv] in q's dtype, contiguous. Returns the merged output
+    [T, H, Dv], then o and lse.
+    """
+    out = torch.empty_like(o_cmp)
+    merge = gates.contiguous(), o_cmp, o_sel, out
+    keys = _keys(cu_seqlens, max_seqlen, window)
+    return out, *flash_forward(q, k, v, cu_seqlens, keys, scale, merge)
 
 
 def window_backward(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.nsa import csr, gates, ops, reference
+from kernels.nsa import csr, flash, gates, ops, reference, window
 from kernels.nsa.geometry import Geometry
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -13,10 +13,49 @@ def random(*shape, dtype=torch.float32):
     return torch.randn(*shape, device=DEVICE).to(dtype)
 
 
+@pytest.mark.parametrize("lengths, kv_heads, group, dim, dtype", [
+    ([37, 0, 1, 50], 2, 3, 24, torch.float32), ([70, 5], 1, 6, 16, torch.float16),
+    ([1], 1, 1, 64, torch.float16), ([3, 90], 1, 16, 32, torch.float16),
+])  # fmt: skip
+def test_the_windows_kernel_merges_as_separate_arithmetic_does(
+    lengths, kv_heads, group, dim, dtype
+):
+    torch.manual_seed(0)
+    tokens, heads = sum(lengths), kv_heads * group
+    q, o_cmp, o_sel = (random(tokens, heads, dim, dtype=dtype) for _ in range(3))
+    k, v = (random(tokens, kv_heads, dim, dtype=dtype) for _ in range(2))
+    gate = torch.rand(3, tokens, heads, device=DEVICE).to(dtype).movedim(0, 2)
+    gate[0, 0] = 0.0  # closed
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    docs = cu_seqlens, max(lengths), 20, dim**-0.5
+    out, *branch = window.window_and_merge(q, k, v, gate, o_cmp, o_sel, *docs)
+    for got, alone in zip(branch, window.window_forward(q, k, v, *docs), strict=True):
+        assert torch.equal(got, alone)
+    outs = [x.float() for x in (o_cmp, o_sel, branch[0])]
+    want = reference.merge_branches(gate.float(), *outs).to(dtype)
+    if DEVICE == "cpu":
+        assert torch.equal(out, want)
+    else:  # contracts products and sums
+        torch.testing.assert_close(out, want)
+
+
+def test_the_merged_rows_are_the_documents_only():
+    rows, heads, dim, tokens = 40, 3, 16, 21
+    q, o_cmp, o_sel, out = (random(rows, heads, dim) for _ in range(4))
+    k, v = random(rows, 1, dim), random(rows, 1, dim)
+    gate, before = torch.rand(rows, heads, 3, device=DEVICE), out.clone()
+    cu_seqlens = torch.tensor([0, 5, tokens], device=DEVICE, dtype=torch.int32)
+    keys = flash.Keys(cu_seqlens, 1, 0, 8)
+    o, _ = flash.flash_forward(q, k, v, cu_seqlens, keys, 0.25, (gate, o_cmp, o_sel, out))
+    want = reference.merge_branches(gate, o_cmp, o_sel, o)
+    torch.testing.assert_close(out[:tokens], want[:tokens])
+    assert torch.equal(out[tokens:], before[tokens:])
+
+
 @pytest.mark.parametrize("tokens, heads, dim, dtype", [
     (37, 3, 24, torch.float32), (1, 1, 64, torch.float16), (0, 2, 16, torch.float32),
 ])  # fmt: skip
-def test_merge_and_its_backward_equal_the_twins(tokens, heads, dim, dtype):
+def test_the_backward_equals_the_twin(tokens, heads, dim, dtype):
     torch.manual_seed(0)
     dout, *outs = (random(tokens, heads, dim, dtype=dtype) for _ in range(4))
     lses = [random(tokens, heads) for _ in range(3)]
@@ -25,10 +64,8 @@ def test_merge_and_its_backward_equal_the_twins(tokens, heads, dim, dtype):
         gate[3, 1] = 0.0  # closed
         lses[0][:5] = float("-inf")  # nothing to see
     tolerance = dict(rtol=2e-3, atol=2e-3) if dtype == torch.float16 else dict(rtol=1e-5, atol=1e-5)
-    exact = [x.double() for x in outs]
-    want = reference.merge_branches(gate.double(), *exact)
-    torch.testing.assert_close(gates.merge_branches(gate, *outs).double(), want, **tolerance)
     got = gates.gate_backward(dout, gate, outs, lses)
+    exact = [x.double() for x in outs]
     want = reference.gate_backward(dout.double(), gate.double(), exact, lses)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g.double(), w.double(), **tolerance)
