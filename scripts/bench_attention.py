@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
 
 import json
+import re
 import statistics
 import time
 from contextlib import contextmanager
@@ -456,7 +457,10 @@ def measure(settings: BenchSettings, path: Path) -> dict:
 
 
 def _write(path: Path, results: dict) -> None:
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    """As JSON, a row of a table in one line."""
+    text = json.dumps(results, indent=1)
+    row = re.compile(r"\{([^{}]*)\}")
+    path.write_text(row.sub(lambda found: "{" + " ".join(found[1].split()) + "}", text) + "\n")
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="bench_attention")
