@@ -46,7 +46,11 @@ def comparison(runs: Sequence[Run], views: Mapping[str, Sequence[Run]]) -> str:
 def lines_note(views: Mapping[str, Sequence[Run]]) -> str:
     """What the lines' styles mean, for more than one group of runs."""
     later = " or ".join(list(views)[1:])
-    return f"A colour for each recipe; dashed: runs of the comparison at {later}." if later else ""
+    return (
+        f"A colour for each recipe and seed; dashed: runs of the comparison at {later}."
+        if later
+        else ""
+    )
 
 
 def clock(steps: Sequence[dict]) -> list[float]:

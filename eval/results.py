@@ -44,10 +44,10 @@ def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: st
         parts += [f"## Loss at {title}", markdown(loss_rows(group))]
         if rows := seed_rows(group):
             parts += [SEEDS_NOTE, markdown(rows)]
-    if rows := budget_rows(runs):
-        parts += ["## Time budgets", *budget_notes(runs), markdown(rows)]
     parts.append(_picture("Validation loss", _save_losses(runs, figures / "loss.png")))
     parts += filter(None, [lines_note(groups)])
+    if rows := budget_rows(runs):
+        parts += ["## Time budgets", *budget_notes(runs), markdown(rows)]
     parts += ["## Speed and memory", markdown(overview_rows(runs))]
     for title, group in groups.items():
         having = {run.name: run.needle for run in group if run.needle}

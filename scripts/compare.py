@@ -205,6 +205,7 @@ class Comparison:
                 measured = recipe.run(seeds[0]) if "tokens" in views else self.short_run(recipe)
                 same = self.budget(seconds, measured)
                 self.train(recipe, recipe.run(seed, SAME_TIME), seed, same)
+        self.report()
 
     def budget(self, seconds: float, measured: str) -> dict:
         """The tokens for so many seconds at a run's speed, and where they come from."""
@@ -215,7 +216,7 @@ class Comparison:
 
     def train(self, recipe: Recipe, name: str, seed: int, budget: dict) -> None:
         """A run, its evaluations, and what there is to report with it."""
-        folder, tokens = self.folder / name, budget["tokens"]
+        folder, tokens, done = self.folder / name, budget["tokens"], dict(self.steps)
         if (folder / "config.yaml").exists():  # a run that has begun keeps its schedule
             tokens = yaml.safe_load((folder / "config.yaml").read_text())["train"]["max_tokens"]
         elif "seconds" in budget:
@@ -234,7 +235,8 @@ class Comparison:
                 for key, value in settings.items()
             )
             self.step(name, f"eval/{evaluation}.py", arguments, again=other)
-        self.report()
+        if self.steps != done:
+            self.report()
 
     def short_run(self, recipe: Recipe) -> str:
         """The name of a run of a few steps, which shows how fast a recipe trains."""
@@ -370,7 +372,10 @@ def main(arguments: list[str]) -> None:
                 signal.signal(number, comparison.stop)
             comparison.run()
     except (HydraException, ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}")
+        message = str(error).splitlines()[0]
+        if isinstance(error, HydraException) and any(a.startswith("recipes=") for a in ours):
+            message += "; an entry of recipes=[…] with = in it needs quotes of its own"
+        sys.exit(f"error: {message}")
     print(f"report      {comparison.folder / 'report.html'}, results.md")
 
 

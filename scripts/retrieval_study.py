@@ -349,8 +349,8 @@ def run_all(
         process.join()
     if waiting:
         print(
-            f"{len(waiting)} runs would not have ended within --seconds; the same command goes on "
-            "with them."
+            f"{len(waiting)} of {len(runs)} runs were not begun, to end within --seconds; the same "
+            "command goes on with them."
         )
 
 

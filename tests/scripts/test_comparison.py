@@ -297,6 +297,7 @@ def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
         (["tokens=5", "views=[steps]"], "choose among tokens and time"),
         (["tokens=5", "evaluate.needles.depths=3"], "there is no eval/needles.py"),
         (["tokens=5", "views=["], "no viable alternative at input"),
+        (["tokens=5", "recipes=[a=nsa_8k]"], "with = in it needs quotes of its own"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, message, tmp_path):
