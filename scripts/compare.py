@@ -46,6 +46,7 @@ SPEED_STEPS = 12  # of a run that only measures how fast a recipe trains
 SPEED, SAME_TIME = "_speed", "_same_time"  # ends of those runs' names, and of those at equal time
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1  # of prctl(2)
+OURS = {"name", "output_dir", "device", "seed", "train.max_tokens", "train.resume"}  # of a training
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,9 @@ class Comparison:
         for recipe in self.recipes:
             arguments = self._training(recipe, recipe.name, self.settings.seeds[0], *budget)
             try:
+                for override in (*self.overrides, *recipe.overrides):
+                    if (key := override.lstrip("+~").partition("=")[0]) in OURS:
+                        raise ValueError(f"{key} follows from the keys of conf/compare.yaml.")
                 with initialize_config_dir(str(ROOT / "conf"), version_base=None):
                     config = compose("config", command_line(arguments))
                 raw = OmegaConf.to_container(config, resolve=True)

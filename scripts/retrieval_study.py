@@ -429,6 +429,7 @@ def main() -> None:
         for seed in options.seeds
         for name, overrides in chosen.items()
     ]
+    known = [r for r in known if r.get("step", r["steps"]) == r["steps"]]  # older files have parts
     done = {(r["name"], r["seed"]) for r in known}
     runs = [run for run in runs if run.key not in done]
     for run in {run.name: run for run in runs}.values() if options.overrides else ():

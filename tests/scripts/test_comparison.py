@@ -290,6 +290,7 @@ def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
         (["tokens=5", "recipes=['nsa_8k train.seq_len=9']"], "a name of its own, as in 'mine="),
         (["tokens=5", "recipes=[nsa_8k,'nsa_8k=full_8k']"], "name one or more, each once"),
         (["tokens=5", "recipes=['nsa_8k_speed=nsa_8k']"], "cannot be a recipe's name here"),
+        (["tokens=5", "recipes=['a=nsa_8k seed=9']"], "a: seed follows from the keys"),
         (["tokens=5", "seeds=[-1]"], "whole numbers from 0 up"),
         ([*TINY, "tokens=9999", "recipes=[nsa_8k,'a=nsa_8k attention.topn=9']"], "a: .*topn"),
         ([*TINY, "tokens=5", "recipes=[nsa_8k]"], "nsa_8k: train.max_tokens=5 is less than"),

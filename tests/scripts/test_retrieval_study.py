@@ -75,17 +75,7 @@ def test_the_command(tmp_path):
     assert "gated_mean 8/4 G4" in again.stdout and "full conv4" in again.stdout
 
     # The first is begun in any case; one that fails is told in the end, a mistake before any run.
-    more = [
-        *how,
-        "--only",
-        "full",
-        "sliding*",
-        "--workers",
-        "1",
-        "--seconds",
-        "0",
-        *small,
-    ]
+    more = [*how, "--only", "full", "sliding*", "--workers", "1", "--seconds", "0", *small]
     first = run_script("scripts/retrieval_study.py", *more)
     assert first.returncode == 0 and "2 of 3 runs were not begun" in first.stdout
     assert len(out.read_text().splitlines()) == 3
