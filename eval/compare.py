@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -14,8 +15,14 @@ from eval.charts import Series, heat_table, line_chart, si, smooth, table
 if TYPE_CHECKING:
     from eval.report import Run
 
+BUDGET = "budget.json"  # in the folder of a run that was given a time, by scripts/compare.py
+SLACK = 0.05  # of that time, until a page says that it was not kept
 Points = list[tuple[float, float]]
 LOSS_NOTE = "Losses in nats per token; minutes are of training, each step at the median pace."
+SEEDS_NOTE = (
+    "Mean (lowest .. highest) over seeds; differences are of runs with the same seed; needles, RULER "
+    "and recall are means over all that was asked."
+)
 
 
 def comparison(runs: Sequence[Run], views: Mapping[str, Sequence[Run]]) -> str:
@@ -23,9 +30,12 @@ def comparison(runs: Sequence[Run], views: Mapping[str, Sequence[Run]]) -> str:
     names = ", ".join(run.name for run in runs)
     losses = "".join(
         f"<h2>Loss at {escape(title)}</h2><figure>{table(loss_rows(group))}"
-        f"<p>{LOSS_NOTE}</p></figure>"
+        f"<p>{LOSS_NOTE}</p></figure>{_seeds(group)}"
         for title, group in views.items()
     )
+    if views and (budgets := budget_rows(runs)):
+        notes = "".join(f"<p>{escape(note)}</p>" for note in budget_notes(runs))
+        losses += f"<h2>Time budgets</h2>{notes}<figure>{table(budgets)}</figure>"
     overview = f"<h2>Overview</h2><figure>{table(overview_rows(runs))}</figure>"
     return (
         f"<header><h1>Comparison</h1><p>{escape(names)}</p></header>"
@@ -36,7 +46,11 @@ def comparison(runs: Sequence[Run], views: Mapping[str, Sequence[Run]]) -> str:
 def lines_note(views: Mapping[str, Sequence[Run]]) -> str:
     """What the lines' styles mean, for more than one group of runs."""
     later = " or ".join(list(views)[1:])
-    return f"A colour for each recipe; dashed: runs of the comparison at {later}." if later else ""
+    return (
+        f"A colour for each recipe and seed; dashed: runs of the comparison at {later}."
+        if later
+        else ""
+    )
 
 
 def clock(steps: Sequence[dict]) -> list[float]:
@@ -72,6 +86,97 @@ def loss_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
             _show(last.get("val/bpb"), "{:.4f}".format),
         ))  # fmt: skip
     return rows
+
+
+def seed_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Mean and range over seeds, a row for each recipe; none unless one has several seeds.
+
+    The difference to the first recipe is of runs with the same seed.
+    """
+    groups: dict[str, dict[int, Run]] = {}
+    for run in runs:
+        seed = run.config.get("seed", 0)
+        groups.setdefault(run.name.removesuffix(f"_seed{seed}"), {})[seed] = run
+    if all(len(group) < 2 for group in groups.values()):
+        return []
+    first = next(iter(groups.values()))
+
+    def difference(run: Run) -> float | None:
+        losses = _loss(run), _loss(first.get(run.config.get("seed", 0)))
+        return None if None in losses else losses[0] - losses[1]
+
+    columns = {
+        "validation loss": (_loss, "{:.4f}"),
+        "against the first": (difference, "{:+.4f}"),
+        "needle generated %": (lambda r: _percent(r.needle, "by_length", "generation"), "{:.1f}"),
+        "needle ranked first %": (lambda r: _percent(r.needle, "by_length", "ranking"), "{:.1f}"),
+        "RULER %": (lambda r: _percent(r.ruler, "cells", "score"), "{:.1f}"),
+        "recall %": (lambda r: _percent(r.recall, "by_distance", "accuracy"), "{:.1f}"),
+    }
+    rows = [("recipe", "seeds", *columns)]
+    for name, group in groups.items():
+        cells = (mean_and_range(map(of, group.values()), form) for of, form in columns.values())
+        rows.append((name, str(len(group)), *cells))
+    kept = [i for i, column in enumerate(zip(*rows[1:], strict=True)) if set(column) != {"–"}]
+    return [tuple(row[i] for i in kept) for row in rows]
+
+
+def mean_and_range(values: Iterable[float | None], form: str) -> str:
+    """As in `0.5 (0.4 .. 0.6)`; a dash where there is no number."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "–"
+    mean, low, high = map(form.format, (statistics.fmean(found), min(found), max(found)))
+    return mean if low == high else f"{mean} ({low} .. {high})"
+
+
+def _loss(run: Run | None) -> float | None:
+    return run.validation[-1]["val/loss"] if run and run.validation else None
+
+
+def _percent(results: dict | None, rows: str, key: str) -> float | None:
+    return 100 * statistics.fmean(row[key] for row in results[rows]) if results else None
+
+
+def _seeds(runs: Sequence[Run]) -> str:
+    rows = seed_rows(runs)
+    return f"<figure>{table(rows)}<p>{SEEDS_NOTE}</p></figure>" if rows else ""
+
+
+def budget_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
+    """Of runs that were given a time: the speed that made tokens of it, and what came of it."""
+    head = ("run", "speed measured in", "tokens/s there", "tokens/s", "minutes given", "minutes")
+    rows = [
+        (run.name, budget["measured"], f"{budget['tokens_per_s']:,.0f}",
+         f"{run.training[-1]['tokens'] / taken:,.0f}", f"{budget['seconds'] / 60:.2f}",
+         f"{taken / 60:.2f}")
+        for run, budget, taken in _budgets(runs)
+    ]  # fmt: skip
+    return [head, *rows] if rows else []
+
+
+def budget_notes(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each run that did not take the time that it was given."""
+    notes = []
+    for run, budget, taken in _budgets(runs):
+        off = taken / budget["seconds"] - 1
+        if abs(off) > SLACK:
+            side = "longer" if off > 0 else "shorter"
+            notes.append(
+                f"{run.name} trained {abs(off):.0%} {side} than the time it was given: its speed "
+                f"was not the one measured in {budget['measured']}, or the time is no whole number "
+                "of steps."
+            )
+    return notes
+
+
+def _budgets(runs: Sequence[Run]) -> list[tuple[Run, dict, float]]:
+    """Runs that were given a time, what they were given, and the seconds that they took."""
+    return [
+        (run, json.loads((run.folder / BUDGET).read_text()), clock(run.training)[-1])
+        for run in runs
+        if run.training and (run.folder / BUDGET).is_file()
+    ]
 
 
 def overview_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:

@@ -9,7 +9,18 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from eval.accuracy import best_layer
-from eval.compare import LOSS_NOTE, clock, lines_note, loss_rows, overview_rows, ruler_rows
+from eval.compare import (
+    LOSS_NOTE,
+    SEEDS_NOTE,
+    budget_notes,
+    budget_rows,
+    clock,
+    lines_note,
+    loss_rows,
+    overview_rows,
+    ruler_rows,
+    seed_rows,
+)
 from eval.heatmap import save_heatmaps
 from eval.report import Run, load_views
 
@@ -31,8 +42,12 @@ def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: st
     parts = ["# Comparison", _setting(runs), f"    {command}"]
     for title, group in groups.items():
         parts += [f"## Loss at {title}", markdown(loss_rows(group))]
+        if rows := seed_rows(group):
+            parts += [SEEDS_NOTE, markdown(rows)]
     parts.append(_picture("Validation loss", _save_losses(runs, figures / "loss.png")))
     parts += filter(None, [lines_note(groups)])
+    if rows := budget_rows(runs):
+        parts += ["## Time budgets", *budget_notes(runs), markdown(rows)]
     parts += ["## Speed and memory", markdown(overview_rows(runs))]
     for title, group in groups.items():
         having = {run.name: run.needle for run in group if run.needle}

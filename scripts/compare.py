@@ -3,9 +3,10 @@
     python scripts/compare.py tokens=200_000_000 data=packages data.sources.text.path=~/corpus
 
 Every recipe trains `tokens`; then every other one trains once more, its schedule shortened or
-lengthened to end after as much time as the first recipe took. Each run is evaluated, and output_dir
-gets report.html, results.md and figures. All steps are commands of this repository, which are printed;
-killed at any moment, the same call goes on where it was, and finished steps are not done again.
+lengthened to end after as much time as the first recipe took; and all of it once for each seed. Each
+run is evaluated, and output_dir gets report.html, results.md and figures. All steps are commands of
+this repository, which are printed; killed at any moment, the same call goes on where it was, and
+finished steps are not done again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
 
+import ctypes
+import fcntl
 import json
 import os
 import re
@@ -23,6 +26,8 @@ import shlex
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,12 +37,44 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from data.config import ROOT, command_line, from_config, resolve_path
-from eval.compare import clock
+from eval.compare import BUDGET, clock
 from eval.report import load_run, write_comparison
 from eval.results import write_results
+from train.config import check_config
 
 SPEED_STEPS = 12  # of a run that only measures how fast a recipe trains
-SUFFIX = "_same_time"  # of runs that take as long as the first recipe's
+SPEED, SAME_TIME = "_speed", "_same_time"  # ends of those runs' names, and of those at equal time
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+OURS = {"name", "output_dir", "device", "seed", "train.max_tokens", "train.resume"}  # of a training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An entry of recipes: conf/experiment/<experiment>.yaml, with overrides of its own."""
+
+    name: str
+    experiment: str
+    overrides: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, entry: str) -> Recipe:
+        """From `experiment` or `name=experiment override …`. Raises ValueError with one sentence."""
+        first, *overrides = shlex.split(entry) or [""]
+        name, _, experiment = first.rpartition("=")
+        if not (ROOT / "conf" / "experiment" / f"{experiment}.yaml").is_file():
+            raise ValueError(f"recipes: there is no conf/experiment/{experiment}.yaml.")
+        if overrides and not name:
+            raise ValueError(f"recipes: give '{entry}' a name of its own, as in 'mine={entry}'.")
+        name = name or experiment
+        taken = rf"data|figures|.*({SPEED}|{SAME_TIME}|_seed\d+)"  # by what the comparison makes
+        if not re.fullmatch(r"\w[\w.-]*", name) or re.fullmatch(taken, name):
+            raise ValueError(f"recipes: {name} cannot be a recipe's name here; choose another.")
+        return cls(name, experiment, tuple(overrides))
+
+    def run(self, seed: int, kind: str = "") -> str:
+        """The name of a run, which is its folder's too."""
+        return f"{self.name}{kind}{f'_seed{seed}' if seed else ''}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +82,7 @@ class CompareSettings:
     """conf/compare.yaml"""
 
     recipes: list[str]
+    seeds: list[int]
     tokens: int | None
     minutes: float | None
     views: list[str]
@@ -53,11 +91,12 @@ class CompareSettings:
     evaluate: dict
 
     def __post_init__(self) -> None:
-        if len(set(self.recipes)) != len(self.recipes) or not self.recipes:
-            raise ValueError(f"recipes={self.recipes}; name one or more, each once.")
-        for recipe in self.recipes:
-            if not (ROOT / "conf" / "experiment" / f"{recipe}.yaml").is_file():
-                raise ValueError(f"recipes: there is no conf/experiment/{recipe}.yaml.")
+        names = [Recipe.parse(entry).name for entry in self.recipes]
+        for key, given in (("recipes", names), ("seeds", self.seeds)):
+            if len(set(given)) != len(given) or not given:
+                raise ValueError(f"{key}: {given}; name one or more, each once.")
+        if not all(isinstance(seed, int) and seed >= 0 for seed in self.seeds):
+            raise ValueError(f"seeds={self.seeds}; they must be whole numbers from 0 up.")
         if (self.tokens is None) == (self.minutes is None):
             raise ValueError("Give the budget as tokens=… or as minutes=…, one of the two.")
         if not self.views or not set(self.views) <= {"tokens", "time"}:
@@ -70,8 +109,13 @@ class CompareSettings:
 class Comparison:
     """The steps, and in <output_dir>/steps.json those that are done, with their seconds."""
 
-    def __init__(self, settings: CompareSettings, overrides: list[str], command: str):
+    def __init__(
+        self, settings: CompareSettings, overrides: list[str], command: str, lock: int | None = None
+    ):
+        """lock: a descriptor that the steps inherit, as alone_in gives it."""
         self.settings, self.overrides, self.command = settings, overrides, command
+        self.recipes = [Recipe.parse(entry) for entry in settings.recipes]
+        self.inherited = () if lock is None else (lock,)
         self.folder = resolve_path(settings.output_dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._check_same()
@@ -86,76 +130,139 @@ class Comparison:
         A command whose first training refused its settings has left no run, and binds nothing.
         """
         path = self.folder / "comparison.yaml"
+        begun = path.exists() and any(self.folder.glob("*/config.yaml"))
+        before = yaml.safe_load(path.read_text()) if begun else {}
+        recipes_before = before.get("recipes", {})
         now = {
-            "first recipe": self.settings.recipes[0],
+            "first recipe": self.recipes[0].name,
             "tokens": self.settings.tokens,
             "minutes": self.settings.minutes,
             "overrides": self.overrides,
         }
-        begun = path.exists() and any(self.folder.glob("*/config.yaml"))
-        before = yaml.safe_load(path.read_text()) if begun else now
-        for key, value in now.items():
-            if before[key] != value:
-                old, new = (
-                    shlex.join(x) if isinstance(x, list) else x for x in (before[key], value)
-                )
+        recipes = {recipe.name: [recipe.experiment, *recipe.overrides] for recipe in self.recipes}
+        compared = [(key, before.get(key, value), value) for key, value in now.items()]
+        compared += [
+            (f"{name} =", recipes_before.get(name, value), value)
+            for name, value in recipes.items()
+            if self._begun(name)
+        ]
+        for key, *values in compared:
+            old, new = (shlex.join(x) if isinstance(x, list) else x for x in values)
+            if old != new:
+                other = "name to this recipe" if key.endswith("=") else "output_dir=…"
                 raise ValueError(
                     f"{self.folder} holds a comparison with {key} {old or 'none'}, not "
-                    f"{new or 'none'}; go on with that one, or give another output_dir=…"
+                    f"{new or 'none'}; go on with that one, or give another {other}."
                 )
+        now["recipes"] = recipes_before | recipes
         _write(path, yaml.safe_dump(now, sort_keys=False))
 
-    def run(self) -> None:
-        """All steps that are not done yet. Raises ChildProcessError when one fails."""
-        first, *others = self.settings.recipes
-        same_tokens = "tokens" in self.settings.views
-        tokens = self.settings.tokens or round(60 * self.settings.minutes * self.short_run(first))
-        for recipe in [first, *(others if same_tokens else ())]:
-            self.train(recipe, recipe, tokens)
-        if "time" in self.settings.views:
-            _, seconds = self.tokens_and_seconds(first)
-            for recipe in others:
-                speed = self.speed(recipe) if same_tokens else self.short_run(recipe)
-                self.train(recipe, recipe + SUFFIX, round(seconds * speed))
+    def _begun(self, recipe: str) -> bool:
+        """Whether the folder has a run of this recipe."""
+        kinds = rf"{re.escape(recipe)}({SPEED}|{SAME_TIME})?(_seed\d+)?"
+        configs = self.folder.glob("*/config.yaml")
+        return any(re.fullmatch(kinds, path.parent.name) for path in configs)
 
-    def train(self, recipe: str, name: str, tokens: int) -> None:
-        """A run, its evaluations, and what there is to report with it."""
-        config = self.folder / name / "config.yaml"
-        if config.exists():  # a run that has begun keeps its schedule
-            tokens = yaml.safe_load(config.read_text())["train"]["max_tokens"]
-        self.step(
-            name, "train/pretrain.py", self._training(recipe, name, f"train.max_tokens={tokens}")
+    def check(self) -> None:
+        """Raises ValueError for a recipe that would be refused when its turn comes."""
+        first, *others = self.recipes
+        timed = others if "time" in self.settings.views else []
+        timed = timed if self.settings.minutes is None else [first, *timed]
+        budget = (
+            () if self.settings.tokens is None else (f"train.max_tokens={self.settings.tokens}",)
         )
-        for evaluation, settings in self.settings.evaluate.items():
-            arguments = [f"{key}={_spell(value)}" for key, value in settings.items()]
-            self.step(name, f"eval/{evaluation}.py", [*arguments, f"device={self.settings.device}"])
+        for recipe in self.recipes:
+            arguments = self._training(recipe, recipe.name, self.settings.seeds[0], *budget)
+            try:
+                for override in (*self.overrides, *recipe.overrides):
+                    if (key := override.lstrip("+~").partition("=")[0]) in OURS:
+                        raise ValueError(f"{key} follows from the keys of conf/compare.yaml.")
+                with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+                    config = compose("config", command_line(arguments))
+                raw = OmegaConf.to_container(config, resolve=True)
+                if recipe in timed and raw["train"]["stages"]:
+                    raise ValueError(
+                        "it trains in stages of different speed, so no time can be given to it; "
+                        "compare it with tokens=… and views=[tokens]."
+                    )
+                if not self._begun(recipe.name):  # else it may be on a machine that only reports
+                    check_config(raw)
+            except (HydraException, ValueError, OSError) as error:
+                raise ValueError(f"{recipe.name}: {str(error).splitlines()[0]}") from error
+
+    def run(self) -> None:
+        """All steps that are not done yet. Raises ChildProcessError when one fails.
+
+        The first seed's runs give the speeds; the other seeds have the same budgets.
+        """
+        first, *others = self.recipes
+        views, seeds = self.settings.views, self.settings.seeds
+        budget = {"tokens": self.settings.tokens}
+        if self.settings.minutes is not None:
+            budget = self.budget(60 * self.settings.minutes, self.short_run(first))
+        for seed in seeds:
+            self.train(first, first.run(seed), seed, budget)
+            for recipe in others if "tokens" in views else ():
+                self.train(recipe, recipe.run(seed), seed, {"tokens": budget["tokens"]})
+            for recipe in others if "time" in views else ():
+                _, seconds = self.tokens_and_seconds(first.run(seeds[0]))
+                measured = recipe.run(seeds[0]) if "tokens" in views else self.short_run(recipe)
+                same = self.budget(seconds, measured)
+                self.train(recipe, recipe.run(seed, SAME_TIME), seed, same)
         self.report()
 
-    def short_run(self, recipe: str) -> float:
-        """The speed of a recipe, from a run of a few steps."""
-        name = f"{recipe}_speed"
-        short = f"train.max_steps={SPEED_STEPS}", "log.wandb=disabled"
-        self.step(name, "train/pretrain.py", self._training(recipe, name, *short))
-        return self.speed(name)
+    def budget(self, seconds: float, measured: str) -> dict:
+        """The tokens for so many seconds at a run's speed, and where they come from."""
+        tokens, took = self.tokens_and_seconds(measured)
+        speed = tokens / took
+        return {"tokens": round(seconds * speed), "seconds": seconds,
+                "tokens_per_s": speed, "measured": measured}  # fmt: skip
 
-    def speed(self, name: str) -> float:
-        """A run's training tokens per second."""
-        tokens, seconds = self.tokens_and_seconds(name)
-        return tokens / seconds
+    def train(self, recipe: Recipe, name: str, seed: int, budget: dict) -> None:
+        """A run, its evaluations, and what there is to report with it."""
+        folder, tokens, done = self.folder / name, budget["tokens"], dict(self.steps)
+        if (folder / "config.yaml").exists():  # a run that has begun keeps its schedule
+            tokens = yaml.safe_load((folder / "config.yaml").read_text())["train"]["max_tokens"]
+        elif "seconds" in budget:
+            folder.mkdir(exist_ok=True)
+            _write(folder / BUDGET, json.dumps(budget, indent=1))
+        arguments = self._training(recipe, name, seed, f"train.max_tokens={tokens}")
+        self.step(name, "train/pretrain.py", arguments)
+        before = load_run(folder)
+        for evaluation, settings in self.settings.evaluate.items():
+            arguments = [f"{key}={_spell(value)}" for key, value in settings.items()]
+            arguments.append(f"device={self.settings.device}")
+            # Results of other settings, of a call by hand, are not what is to be compared.
+            found = getattr(before, evaluation, None) or {}
+            other = any(
+                value not in (None, found.get("settings", settings).get(key))
+                for key, value in settings.items()
+            )
+            self.step(name, f"eval/{evaluation}.py", arguments, again=other)
+        if self.steps != done:
+            self.report()
+
+    def short_run(self, recipe: Recipe) -> str:
+        """The name of a run of a few steps, which shows how fast a recipe trains."""
+        name = recipe.name + SPEED
+        short = f"train.max_steps={SPEED_STEPS}", "log.wandb=disabled"
+        self.step(name, "train/pretrain.py", self._training(recipe, name, 0, *short))
+        return name
 
     def tokens_and_seconds(self, name: str) -> tuple[int, float]:
         """A run's training tokens and seconds."""
         steps = load_run(self.folder / name).training
         return steps[-1]["tokens"], clock(steps)[-1]
 
-    def _training(self, recipe: str, name: str, *budget: str) -> list[str]:
+    def _training(self, recipe: Recipe, name: str, seed: int, *budget: str) -> list[str]:
+        own = *recipe.overrides, *([f"seed={seed}"] if seed else ())
         fixed = f"name={name}", "train.resume=auto", f"device={self.settings.device}"
-        return [f"+experiment={recipe}", *self.overrides, *budget, *fixed]
+        return [f"+experiment={recipe.experiment}", *self.overrides, *own, *budget, *fixed]
 
-    def step(self, name: str, script: str, arguments: list[str]) -> None:
+    def step(self, name: str, script: str, arguments: list[str], again: bool = False) -> None:
         """One command, unless it is done. Raises ChildProcessError with one sentence."""
         key = f"{name}: {script} {' '.join(arguments)}"
-        if key in self.steps:
+        if key in self.steps and not again:
             return
         place = self.settings.output_dir
         training = script.startswith("train/")
@@ -164,12 +271,11 @@ class Comparison:
         print(f"\n$ python {shlex.join(command)}", flush=True)
         started, status = time.time(), None
         if not self.stopped:
-            # Ctrl-C reaches the child too, where it would end an evaluation with a traceback; the
-            # child ignores it (a training sets a handler of its own), and stop() ends it.
             self.child = subprocess.Popen(
                 [sys.executable, *command],
                 cwd=ROOT,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+                preexec_fn=_as_child,
+                pass_fds=self.inherited,
             )
             if self.stopped:  # while it was being started
                 self.child.terminate()
@@ -190,19 +296,51 @@ class Comparison:
 
     def report(self) -> None:
         """Pages and tables of what has been trained so far."""
-        first, *others = self.settings.recipes
+        first = self.recipes[0]
         names = {
-            "tokens": [first, *others],
-            "time": [first, *(recipe + SUFFIX for recipe in others)],
+            view: [
+                recipe.run(seed, SAME_TIME if view == "time" and recipe != first else "")
+                for seed in self.settings.seeds
+                for recipe in self.recipes
+            ]
+            for view in self.settings.views
         }
         trained = {key.partition(": train/")[0] for key in self.steps}
         views = {
             f"equal {view}": [self.folder / name for name in names[view] if name in trained]
-            for view in self.settings.views
+            for view in names
         }
         folders = list(dict.fromkeys(folder for group in views.values() for folder in group))
         write_comparison(folders, self.folder / "report.html", views)
         write_results(views, self.folder, self.command)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[int]:
+    """The descriptor of a lock on the folder, held until this process and all that inherit it end:
+    a training that outlives this process, to save, keeps others out. Raises ValueError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another comparison, or a step that one has left, is at work in {folder}; wait "
+                "for its end, or give another output_dir=…"
+            ) from None
+        yield file.fileno()
+
+
+def _as_child() -> None:
+    """What a step does before it becomes its script.
+
+    Ctrl-C reaches it too, where it would end an evaluation with a traceback: it is ignored (a
+    training sets a handler of its own), and stop() ends the step. If this process is killed, Linux
+    sends the step SIGTERM, at which a training saves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if LIBC:
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _write(path: Path, text: str) -> None:
@@ -230,12 +368,18 @@ def main(arguments: list[str]) -> None:
         with initialize_config_dir(str(ROOT / "conf"), version_base=None):
             config = compose("compare", command_line(ours))
         command = shlex.join(["python", "scripts/compare.py", *arguments])
-        comparison = Comparison(from_config(CompareSettings, config, "compare"), overrides, command)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, comparison.stop)
-        comparison.run()
+        settings = from_config(CompareSettings, config, "compare")
+        with alone_in(resolve_path(settings.output_dir)) as lock:
+            comparison = Comparison(settings, overrides, command, lock)
+            comparison.check()
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, comparison.stop)
+            comparison.run()
     except (HydraException, ValueError, OSError) as error:
-        sys.exit(f"error: {str(error).splitlines()[0]}")
+        message = str(error).splitlines()[0]
+        if isinstance(error, HydraException) and any(a.startswith("recipes=") for a in ours):
+            message += "; an entry of recipes=[…] with = in it needs quotes of its own"
+        sys.exit(f"error: {message}")
     print(f"report      {comparison.folder / 'report.html'}, results.md")
 
 

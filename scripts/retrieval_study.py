@@ -6,9 +6,9 @@ The task is associative recall (MQAR, arXiv 2312.04927) in text that has somethi
 a second-order Markov chain in which `pairs` key tokens, each followed by a value token, occur twice,
 at all distances. A variant is a list of overrides of conf/; each of its seeds gives one line of --out
 with settings, losses, accuracy by distance and, with NSA, how often the block of the first occurrence
-is selected. Several processes share one GPU. Runs that --out holds are not run again; after --seconds
-those that go on are measured as far as they came, and the next call starts them anew. At the end
-comes the table of all finished runs.
+is selected. Several processes share one GPU. Runs that --out holds are not run again; none is begun
+that would not end within --seconds, by the longest so far, and the next call goes on with the rest. At
+the end comes the table of all runs.
 """
 
 from __future__ import annotations
@@ -37,10 +37,12 @@ import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from data.config import ROOT, command_line, from_config
+from data.config import ROOT, check_root, command_line, from_config
+from eval.compare import mean_and_range
 from model.build import build_decoder
 from model.decoder import Decoder
 from model.importance import ImportanceTeacher
@@ -170,6 +172,10 @@ class Run(NamedTuple):
     overrides: list[str]
     seed: int
 
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.name, self.seed
+
 
 class Packed:
     """Batches of sequences of one length as the decoder takes them."""
@@ -198,20 +204,26 @@ def losses(logits: Tensor, part: Sequences) -> tuple[Tensor, Tensor]:
     return chain, (nats.gather(1, part.second) * asked).sum() / asked.sum()
 
 
-def train(run: Run, settings: Settings, device: torch.device, deadline: float) -> dict:
-    """The run's results, at the step that it has reached when time.time() passes the deadline."""
+def build(run: Run) -> tuple[dict, Decoder, OptimizerConfig]:
+    """The run's resolved config, its model and optimizer. Raises ValueError or HydraException."""
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         overrides = command_line([*SIZES, *run.overrides])
         raw = OmegaConf.to_container(compose("config", overrides), resolve=True)
-    began = time.time()
+    check_root(raw)
+    config = from_config(OptimizerConfig, raw["optimizer"], "optimizer")
     torch.manual_seed(run.seed)
-    model = build_decoder(raw["model"], raw["attention"], STATES + KEYS + VALUES)
+    return raw, build_decoder(raw["model"], raw["attention"], STATES + KEYS + VALUES), config
+
+
+def train(run: Run, settings: Settings, device: torch.device) -> dict:
+    """The run's results."""
+    began = time.time()
+    raw, model, config = build(run)
     model = model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     if settings.compile:
         torch._dynamo.reset()  # blocks of the run before count as recompilations of these
         for block in model.blocks:
             block.compile(fullgraph=True)
-    config = from_config(OptimizerConfig, raw["optimizer"], "optimizer")
     optimizer = build_optimizer(model, config, 0, fused=device.type == "cuda")
     rng = np.random.default_rng(run.seed + 1)
     held_out = make_sequences(8 * settings.batch, settings, np.random.default_rng(0))
@@ -232,14 +244,11 @@ def train(run: Run, settings: Settings, device: torch.device, deadline: float) -
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         model.zero_grad()
-        end = step + 1 == settings.steps or time.time() > deadline
-        if end or (step + 1) % max(settings.steps // 6, 1) == 0:
+        if step + 1 == settings.steps or (step + 1) % max(settings.steps // 6, 1) == 0:
             found = evaluate(model, packed, held_out, settings, device)
             curve.append({"step": step + 1, "accuracy": found["accuracy"]})
-        if end:
-            break
     return {
-        **run._asdict(), **asdict(settings), "step": step + 1, **found, "curve": curve,
+        **run._asdict(), **asdict(settings), **found, "curve": curve,
         "parameters": model.num_parameters(), "model": raw["model"], "attention": raw["attention"],
         "optimizer": raw["optimizer"], "seconds": round(time.time() - began, 1),
     }  # fmt: skip
@@ -293,49 +302,55 @@ def _mean(x: Tensor) -> float | None:
 # Many runs
 
 
-def worker(jobs, results, settings: Settings, device: torch.device, deadline: float) -> None:
-    """Runs from the queue `jobs` until None; (run, result or None, error or None) into `results`.
-
-    None is started that would not end before the deadline, by the longest before.
-    """
+def worker(jobs, results, settings: Settings, device: torch.device) -> None:
+    """Runs from the queue `jobs` until None; (run, result or None, error or None) into `results`."""
     torch.set_num_threads(1)
-    longest = 0.0
     for run in iter(jobs.get, None):
-        result, error, began = None, None, time.time()
-        if began + longest < deadline:
-            try:
-                result = train(run, settings, device, deadline)
-            except Exception as problem:  # one that fails does not stop the others
-                error = f"{type(problem).__name__}: {str(problem)[-600:]}"
-            longest = max(longest, time.time() - began)
+        result, error = None, None
+        try:
+            result = train(run, settings, device)
+        except Exception as problem:  # one that fails does not stop the others
+            error = f"{type(problem).__name__}: {str(problem)[-600:]}"
         results.put((run, result, error))
 
 
-def run_all(runs: list[Run], settings: Settings, options, device: torch.device) -> Iterator[dict]:
-    """Results as they come; says what failed and how many were left."""
-    deadline, left = time.time() + options.seconds, []
+def run_all(
+    runs: list[Run], settings: Settings, options, device: torch.device
+) -> Iterator[tuple[Run, dict | None]]:
+    """Each run with its results as they come, or None if it failed; says why, and how many were not
+    begun. The first of each worker are begun in any case: nothing is known of them."""
+    deadline = time.time() + options.seconds
     spawn = mp.get_context("spawn")
     jobs, results = spawn.Queue(), spawn.Queue()
     count = min(options.workers, len(runs))
-    for job in [*runs, *[None] * count]:
-        jobs.put(job)
-    arguments = jobs, results, settings, device, deadline
+    arguments = jobs, results, settings, device
     workers = [spawn.Process(target=worker, args=arguments, daemon=True) for _ in range(count)]
     for process in workers:
         process.start()
-    for _ in runs:
+    waiting, begun, longest = list(reversed(runs)), {}, 0.0
+    for _ in workers:
+        jobs.put(waiting[-1])
+        begun[waiting.pop().key] = time.time()
+    while begun:
         run, result, error = _next(results, workers)
-        if result is not None:
-            yield result
-        elif error is not None:
-            print(f"{run.name}, seed {run.seed} failed: {error}", flush=True)
+        now = time.time()
+        # Those that go on count too: their end is later still.
+        longest = max(longest, *(now - began for began in begun.values()))
+        del begun[run.key]
+        if waiting and now + longest < deadline:
+            jobs.put(waiting[-1])
+            begun[waiting.pop().key] = now
         else:
-            left.append(run)
+            jobs.put(None)
+        if error is not None:
+            print(f"{run.name}, seed {run.seed} failed: {error}", flush=True)
+        yield run, result
     for process in workers:
         process.join()
-    if left:
+    if waiting:
         print(
-            f"{len(left)} runs were not begun within --seconds; the same command goes on with them."
+            f"{len(waiting)} of {len(runs)} runs were not begun, to end within --seconds; the same "
+            "command goes on with them."
         )
 
 
@@ -365,20 +380,14 @@ def table(results: list[dict]) -> str:
     order = sorted(groups, key=lambda n: -statistics.fmean(r["accuracy"] for r in groups[n]))
     lines = [["variant", "seeds", *columns]]
     for name in order:
-        cells = [
-            _range([x for x in map(of, groups[name]) if x is not None]) for of in columns.values()
-        ]
+        cells = []
+        for of in columns.values():
+            values = [x for x in map(of, groups[name]) if x is not None]
+            form = "{:,.0f}" if max(values, default=0) > 10 else "{:.3f}"
+            cells.append(mean_and_range(values, form))
         lines.append([name, str(len(groups[name])), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(x, widths, strict=True)) for x in lines)
-
-
-def _range(values: list[float]) -> str:
-    if not values:
-        return ""
-    form = "{:,.0f}" if max(values) > 10 else "{:.3f}"
-    mean, low, high = map(form.format, (statistics.fmean(values), min(values), max(values)))
-    return mean if low == high else f"{mean} ({low} .. {high})"
 
 
 def main() -> None:
@@ -391,7 +400,7 @@ def main() -> None:
     add("--list", action="store_true", help="print the names of those variants and stop")
     add("--seeds", type=int, nargs="*", default=[0], help="one run of every variant each")
     add("--workers", type=int, default=1, help="runs at a time")
-    add("--seconds", type=float, default=math.inf, help="of all runs together")
+    add("--seconds", type=float, default=math.inf, help="none is begun that would end later")
     add("--length", type=int, default=2048, help="tokens of a sequence")
     add("--pairs", type=int, default=48, help="keys asked for in a sequence")
     add("--batch", type=int, default=8, help="sequences of a step")
@@ -420,23 +429,36 @@ def main() -> None:
         for seed in options.seeds
         for name, overrides in chosen.items()
     ]
-    done = {(r["name"], r["seed"]) for r in known if r["step"] == r["steps"]}
-    runs = [run for run in runs if (run.name, run.seed) not in done]
+    known = [r for r in known if r.get("step", r["steps"]) == r["steps"]]  # older files have parts
+    done = {(r["name"], r["seed"]) for r in known}
+    runs = [run for run in runs if run.key not in done]
+    for run in {run.name: run for run in runs}.values() if options.overrides else ():
+        try:
+            with torch.device("meta"):  # shapes only
+                build(run)
+        except (ValueError, HydraException) as error:
+            sys.exit(f"error: {run.name}: {str(error).splitlines()[0]}")
+    failed = 0
     if runs:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         machine = {"environment": environment(device)}
         with open(out, "a", buffering=1) as file:
-            for result in run_all(runs, settings, options, device):
+            for run, result in run_all(runs, settings, options, device):
+                if result is None:
+                    failed += 1
+                    continue
                 file.write(json.dumps(result | machine) + "\n")
                 known.append(result)
                 print(
-                    f"{result['name']}, seed {result['seed']}, step {result['step']} of "
-                    f"{result['steps']}: accuracy {result['accuracy']:.3f}, "
+                    f"{run.name}, seed {run.seed}: accuracy {result['accuracy']:.3f}, "
                     f"{result['seconds']:.0f} s",
                     flush=True,
                 )
-    if finished := [r for r in known if r["step"] == r["steps"]]:
-        print(f"\n{table(finished)}\n\n{LEGEND}")
+    if known:
+        print(f"\n{table(known)}\n\n{LEGEND}")
+    if failed:
+        sys.exit(f"error: {failed} of {len(runs)} runs failed, as said above; the same command "
+                 "runs them again.")  # fmt: skip
 
 
 if __name__ == "__main__":

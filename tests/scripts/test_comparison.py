@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import yaml
 from data.config import ROOT
 from data.shards import TokenShards
 from data.stages import Stage, open_stages
-from scripts.compare import CompareSettings, Comparison, main
+from scripts.compare import CompareSettings, Comparison, alone_in, main
 
 TINY = [
     "device=cpu", "views=[tokens]", "~evaluate.ruler", "~evaluate.position", "~evaluate.recall",
@@ -27,7 +28,7 @@ TINY = [
 
 
 def test_two_recipes_end_to_end(tmp_path, monkeypatch):
-    recipes = "recipes=[nsa_small_64k,full_small_64k]"
+    recipes = "recipes=[nsa_small_64k,'coarse=nsa_small_64k attention.compress_block=64']"
     arguments = [recipes, "tokens=6144", f"output_dir={tmp_path}", *TINY]
     done = subprocess.run(
         [sys.executable, "scripts/compare.py", *arguments], cwd=ROOT, capture_output=True, text=True
@@ -36,19 +37,32 @@ def test_two_recipes_end_to_end(tmp_path, monkeypatch):
     text = (tmp_path / "results.md").read_text()
     for words in (
         "| nsa_small_64k | 6,144 |",
+        "| coarse | 6,144 |",
         "novels 80%, tasks 20%",
         "Needle",
         "scripts/compare",
     ):
         assert words in text, words
+    config = yaml.safe_load((tmp_path / "coarse/config.yaml").read_text())
+    assert config["attention"]["compress_block"] == 64 and config["seed"] == 0
     assert "Loss at equal tokens" in (tmp_path / "report.html").read_text()
     steps = (tmp_path / "steps.json").read_text()
     assert len(json.loads(steps)) == 4
 
     # Again, it trains and measures nothing.
-    monkeypatch.setattr(subprocess, "Popen", None)
-    main(arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", None)
+        main(arguments)
     assert (tmp_path / "steps.json").read_text() == steps
+    assert not list(tmp_path.glob("*/budget.json"))  # no time was given
+
+    # Measured by hand with other settings, a run is measured again as it was asked.
+    (results,) = (tmp_path / "coarse/eval/needle").glob("*.json")
+    wanted = json.loads(results.read_text())
+    other = wanted | {"settings": wanted["settings"] | {"depths": 3}}
+    results.write_text(json.dumps(other))
+    main(arguments)
+    assert json.loads(results.read_text())["settings"] == wanted["settings"]
 
     # Nothing that evaluation hides needles in was trained on, be it as text or around a task.
     data = Path(yaml.safe_load((tmp_path / "nsa_small_64k/config.yaml").read_text())["data_path"])
@@ -69,8 +83,9 @@ class Fake(Comparison):
     """Steps leave what the script reads: one token a microsecond for NSA, a third of it else."""
 
     room = None  # steps before an interruption
+    slower = ()  # runs whose names end so train at 80 % of the speed
 
-    def step(self, name, script, arguments):
+    def step(self, name, script, arguments, again=False):
         key = f"{name}: {script} {' '.join(arguments)}"
         if key in self.steps:
             return
@@ -81,19 +96,23 @@ class Fake(Comparison):
             return
         tokens = next((int(a.split("=")[1]) for a in arguments if "max_tokens" in a), 1000)
         speed = 1e6 if "nsa" in name else 1e6 / 3
-        (self.folder / name).mkdir()
+        if name.endswith(self.slower):
+            speed /= 1.25
+        (self.folder / name).mkdir(exist_ok=True)
         (self.folder / name / "config.yaml").write_text(
-            yaml.safe_dump({"name": name, "train": {"seq_len": 64, "max_tokens": tokens}})
-        )
+            yaml.safe_dump({"name": name, "train": {"seq_len": 64, "max_tokens": tokens},
+                            "seed": next((int(a[5:]) for a in arguments if "seed=" in a), 0)})
+        )  # fmt: skip
+        loss = 2.0 + len(self.steps) / 100
         step = {"step": 1, "tokens": tokens, "time": 1, "loss": 2.0, "tokens_per_s": speed}
-        validation = {"step": 1, "tokens": tokens, "time": 1, "val/loss": 2.0, "val/bpb": 1.0}
+        validation = {"step": 1, "tokens": tokens, "time": 1, "val/loss": loss, "val/bpb": 1.0}
         lines = "".join(json.dumps(line) + "\n" for line in (step, validation))
         (self.folder / name / "metrics.jsonl").write_text(lines)
 
 
 def fake(tmp_path, overrides=("data=austen",), **changes):
     settings = dict(
-        recipes=["nsa_8k", "full_8k"], tokens=3_000_000, minutes=None, views=["tokens", "time"],
+        recipes=["nsa_8k", "full_8k"], seeds=[0], tokens=3_000_000, minutes=None, views=["tokens", "time"],
         output_dir=str(tmp_path), device="cpu", evaluate={"position": {"length": 64}},
     )  # fmt: skip
     return Fake(CompareSettings(**settings | changes), list(overrides), "the command")
@@ -114,6 +133,38 @@ def test_the_first_recipe_sets_the_time_of_the_others(tmp_path):
     assert "max_tokens=1000000" in commands["full_8k_same_time"]
     assert "| full_8k_same_time | 1,000,000 | 0.1 |" in (tmp_path / "results.md").read_text()
     assert "full_8k: eval/position.py length=64 device=cpu" in comparison.steps
+
+
+def test_a_time_that_was_not_kept_is_told(tmp_path):
+    comparison = fake(tmp_path)
+    comparison.run()
+    row = "| full_8k_same_time | full_8k | 333,333 | 333,333 | 0.05 | 0.05 |"
+    results = (tmp_path / "results.md").read_text()
+    assert row in results and "time it was given" not in results
+    comparison = fake(tmp_path / "slow")
+    comparison.slower = ("_same_time",)
+    comparison.run()
+    for page in ("results.md", "report.html"):
+        sentence = "full_8k_same_time trained 25% longer than the time it was given"
+        assert sentence in (tmp_path / "slow" / page).read_text()
+
+
+def test_each_seed_with_the_budgets_of_the_first(tmp_path):
+    fake(tmp_path).run()
+    comparison = fake(tmp_path, seeds=[0, 2])
+    comparison.slower = ("_seed2",)
+    comparison.run()
+    commands = trainings(comparison)
+    assert list(commands)[3:] == ["nsa_8k_seed2", "full_8k_seed2", "full_8k_same_time_seed2"]
+    assert "seed=2" in commands["nsa_8k_seed2"] and "seed=" not in commands["nsa_8k"]
+    assert "max_tokens=1000000" in commands["full_8k_same_time_seed2"]
+    text = (tmp_path / "results.md").read_text()
+    steps = [i / 100 for i, key in enumerate(comparison.steps, 1) if "train/" in key]
+    nsa, full = ([2 + steps[i], 2 + steps[i + 3]] for i in (0, 1))
+    mean = f"{sum(full) / 2:.4f} ({full[0]:.4f} .. {full[1]:.4f})"
+    assert f"| full_8k | 2 | {mean} | {full[0] - nsa[0]:+.4f} |" in text
+    assert "| full_8k_same_time | 2 |" in text and "needle generated" not in text
+    assert "over seeds" in (tmp_path / "report.html").read_text()
 
 
 def test_a_budget_of_minutes(tmp_path):
@@ -143,6 +194,52 @@ def test_interrupted_anywhere_it_takes_the_same_steps(tmp_path, budget):
         again.steps = first.steps
         again.run()
         assert again.steps == whole.steps
+
+
+def test_killed_it_takes_its_step_along_and_no_other_call_comes_between(tmp_path):
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import pathlib, signal, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "def save(number, frame):\n"
+        "    while not (here / 'go').exists():\n"
+        "        time.sleep(0.01)\n"
+        "    (here / 'saved').touch()\n"
+        "    raise SystemExit\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(here / 'ready').touch()\n"
+        "signal.pause()\n"
+    )
+    parent = (
+        "import sys\n"
+        "from scripts.compare import CompareSettings, Comparison, alone_in\n"
+        f"settings = CompareSettings(**{vars(fake(tmp_path).settings)!r})\n"
+        "with alone_in(__import__('pathlib').Path(settings.output_dir)) as lock:\n"
+        f"    Comparison(settings, [], '', lock).step('nsa_8k', {str(child)!r}, [])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT)
+    wait_for(tmp_path / "ready")
+    process.kill()
+    process.wait()
+    with pytest.raises(ValueError, match="is at work in"), alone_in(tmp_path):
+        pass
+    (tmp_path / "go").touch()
+    wait_for(tmp_path / "saved")
+    for _ in range(1000):  # until the step has ended
+        try:
+            with alone_in(tmp_path):
+                return
+        except ValueError:
+            time.sleep(0.01)
+    pytest.fail("the lock was not given back")
+
+
+def wait_for(path):
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    pytest.fail(f"{path.name} did not come")
 
 
 def test_a_signal_ends_the_step_that_runs(tmp_path):
@@ -175,6 +272,12 @@ def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
     fake(tmp_path, recipes=["nsa_8k", "sliding_8k"], views=["tokens"])  # more of the same
     with pytest.raises(ValueError, match="holds a comparison with tokens 3000000, not 5;"):
         fake(tmp_path, tokens=5)
+    named = "mine=nsa_8k attention.top_n="
+    fake(tmp_path, recipes=["nsa_8k", f"{named}8"])  # which has not begun yet
+    fake(tmp_path, recipes=["nsa_8k", f"{named}4"]).run()
+    fake(tmp_path, recipes=["nsa_8k", "full_8k"])
+    with pytest.raises(ValueError, match="mine = nsa_8k attention.top_n=4, not .*=8; .* name to"):
+        fake(tmp_path, recipes=["nsa_8k", f"{named}8"])
     with pytest.raises(ValueError, match="overrides data=austen, not data=folder train.seq_len=9;"):
         fake(tmp_path, overrides=["data=folder", "train.seq_len=9"])
 
@@ -184,9 +287,18 @@ def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
     [
         ([], "tokens=… or as minutes=…"),
         (["tokens=5", "recipes=[nsa_9k]"], "no conf/experiment/nsa_9k.yaml"),
+        (["tokens=5", "recipes=['nsa_8k train.seq_len=9']"], "a name of its own, as in 'mine="),
+        (["tokens=5", "recipes=[nsa_8k,'nsa_8k=full_8k']"], "name one or more, each once"),
+        (["tokens=5", "recipes=['nsa_8k_speed=nsa_8k']"], "cannot be a recipe's name here"),
+        (["tokens=5", "recipes=['a=nsa_8k seed=9']"], "a: seed follows from the keys"),
+        (["tokens=5", "seeds=[-1]"], "whole numbers from 0 up"),
+        ([*TINY, "tokens=9999", "recipes=[nsa_8k,'a=nsa_8k attention.topn=9']"], "a: .*topn"),
+        ([*TINY, "tokens=5", "recipes=[nsa_8k]"], "nsa_8k: train.max_tokens=5 is less than"),
+        (["minutes=5", "recipes=[nsa_small_64k_stages]"], "trains in stages of different speed"),
         (["tokens=5", "views=[steps]"], "choose among tokens and time"),
         (["tokens=5", "evaluate.needles.depths=3"], "there is no eval/needles.py"),
         (["tokens=5", "views=["], "no viable alternative at input"),
+        (["tokens=5", "recipes=[a=nsa_8k]"], "with = in it needs quotes of its own"),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, message, tmp_path):

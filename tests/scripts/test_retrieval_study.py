@@ -59,8 +59,8 @@ def test_the_command(tmp_path):
     how = ["--out", str(out), "--only", "full conv4", "gated_mean 8/4 G4", "--length", "128"]
     how += ["--pairs", "4", "--batch", "2", "--steps", "3", "--warmup", "1", "--workers", "2"]
     how += ["--selection-kl", "0.3", "--dense-warmup", "0.5"]
-    how += ["model.dim=32", "model.num_layers=1", "model.ffn_dim=32"]
-    done = run_script("scripts/retrieval_study.py", *how)
+    small = ["model.dim=32", "model.num_layers=1", "model.ffn_dim=32"]
+    done = run_script("scripts/retrieval_study.py", *how, *small)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     found = {line["name"].split(" model.")[0]: line for line in lines}
@@ -70,8 +70,18 @@ def test_the_command(tmp_path):
     assert len(sparse["block_recall"]) == 1 and sparse["attention"]["compress_stride"] == 4
     assert {"accuracy", "by_distance", "recall_loss", "seconds", "curve"} <= sparse.keys()
     out.write_text("\n".join(json.dumps(lines[0]) for _ in "a") + "\n")
-    again = run_script("scripts/retrieval_study.py", *how)
+    again = run_script("scripts/retrieval_study.py", *how, *small)
     assert again.returncode == 0 and len(out.read_text().splitlines()) == 2, again.stderr
     assert "gated_mean 8/4 G4" in again.stdout and "full conv4" in again.stdout
+
+    # The first is begun in any case; one that fails is told in the end, a mistake before any run.
+    more = [*how, "--only", "full", "sliding*", "--workers", "1", "--seconds", "0", *small]
+    first = run_script("scripts/retrieval_study.py", *more)
+    assert first.returncode == 0 and "2 of 3 runs were not begun" in first.stdout
+    assert len(out.read_text().splitlines()) == 3
+    fails = run_script("scripts/retrieval_study.py", *more, "optimizer.lr=-1")
+    assert fails.returncode == 1 and "1 of 3 runs failed" in fails.stderr, fails.stderr
+    wrong = run_script("scripts/retrieval_study.py", *more, "optimizer.lrr=1")
+    assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "lrr" in wrong.stderr
     wrong = run_script("scripts/retrieval_study.py", "--only", "fool")
     assert wrong.returncode == 1 and "--only matches no variant" in wrong.stderr
