@@ -77,7 +77,7 @@ def variants() -> dict[str, list[str]]:
         found[f"sliding{end}"] = [
             "attention=sliding", "attention.window=128", f"model.kv_conv={conv}",
         ]  # fmt: skip
-        phis, blocks = ("gated_mean", "mlp", "mean"), ((8, 4), (16, 8), (32, 16))
+        phis, blocks = ("gated_mean", "mlp", "mean"), ((8, 4), (8, 8), (16, 8), (16, 16), (32, 16))
         for phi, (length, stride), group in itertools.product(phis, blocks, (1, 2, 4, 8)):
             found[f"{phi} {length}/{stride} G{group}{end}"] = [
                 "attention=nsa_small", f"attention.compression={phi}",

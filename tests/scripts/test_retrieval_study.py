@@ -51,7 +51,7 @@ def test_the_table_gives_mean_and_range():
 
 def test_every_variant_is_a_model_of_its_own():
     found = variants()
-    assert len({tuple(overrides) for overrides in found.values()}) == len(found) == 76
+    assert len({tuple(overrides) for overrides in found.values()}) == len(found) == 124
 
 
 def test_the_command(tmp_path):
