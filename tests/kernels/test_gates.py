@@ -96,6 +96,19 @@ def test_the_whole_operator_from_its_kernels(monkeypatch):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("cu_seqlens", [[0], [0, 0]], ids=str)
+def test_no_tokens_at_all(monkeypatch, cu_seqlens):
+    monkeypatch.setattr(ops, "_backend", lambda q: ops._triton())
+    q, gate, k = random(0, 2, 16), random(0, 2, 3), random(0, 1, 16)
+    k_cmp = random(1, 1, 16)  # geometry.capacity(0)
+    leaves = [x.requires_grad_() for x in (q, k_cmp, k_cmp.clone(), *[k] * 4, gate)]
+    cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
+    out, indices = ops.nsa_attention(*leaves, cu_seqlens, 0, Geometry(4, 4, 8, 3, 8))
+    assert out.shape == (0, 2, 16) and indices.shape == (1, 0, 3)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert not any(x.any() for x in grads)
+
+
 def strided(x):
     """x as every other number of a row."""
     return torch.stack([x, torch.full_like(x, 1e3)], -1).flatten(-2)[..., ::2]
