@@ -161,9 +161,16 @@ def test_triton_launches_what_is_not_known_here(recorded, monkeypatch):
             launch(recorded, (1,), 3, 0.5, SIZE=8)
     finally:
         hook.remove(print)
+    hooks = SimpleNamespace(
+        launch_enter_hook=None, launch_exit_hook=print
+    )  # a function, not a chain
+    with monkeypatch.context() as profiled:
+        profiled.setattr(launching, "_HOOKS", hooks)
+        for _ in range(2):
+            launch(recorded, (1,), 3, 0.5, SIZE=8)
     monkeypatch.setattr(launching, "_SHORT", False)
     launch(recorded, (1,), 3, 0.5, SIZE=8)
-    assert len(recorded.by_triton) == 5 and not recorded.directly
+    assert len(recorded.by_triton) == 7 and not recorded.directly
 
 
 def _device():
