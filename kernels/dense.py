@@ -41,7 +41,8 @@ def sliding_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, window: int, scale: float
 ) -> Tensor:
     """Causal attention to the last `window` tokens of the document, the own one included."""
-    return _window(q, k, v, cu_seqlens, max_seqlen, window, scale)[0]
+    rows = q.contiguous(), k.contiguous(), v.contiguous()  # kernels go by shapes alone
+    return _window(*rows, cu_seqlens, max_seqlen, window, scale)[0]
 
 
 def full_cached(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, past: list[int], scale: float):

@@ -14,7 +14,9 @@ compiled kernel that comes back, and calls that one's own launcher from then on.
 least what Triton does (also where a kernel says do_not_specialize), so two calls that share one
 would have got the same kernel. Nothing of a tensor is kept: its address is read at every call.
 
-What is left out: Triton's complaint about a global that changed after a kernel was compiled.
+What is left out: Triton's complaint about a global that changed after a kernel was compiled, its
+debugging and instrumentation switches if they are turned later, and constants that are equal but of
+different types (1 and True), which are one here: a caller keeps to one type.
 What goes to Triton as before: other versions than were read for this (VERSIONS), the interpreter,
 arguments of other types than below, tensors that are not on a GPU, and everything while a profiler
 has set its hooks.
@@ -133,9 +135,9 @@ def _constants_in_order(kernel, num_args: int, constants: dict) -> tuple:
 
 
 def _hooked() -> bool:
-    """Whether a profiler wants to hear of launches."""
+    """Whether a profiler wants to hear of launches: by a chain that is not empty, or a function."""
     enter, leave = _HOOKS.launch_enter_hook, _HOOKS.launch_exit_hook
-    return bool(enter and enter.calls or leave and leave.calls)
+    return bool(enter and getattr(enter, "calls", True) or leave and getattr(leave, "calls", True))
 
 
 def next_power_of_2(n: int) -> int:

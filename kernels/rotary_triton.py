@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.launch import cdiv, launch, next_power_of_2
+
 ROWS = 8
 
 
@@ -11,10 +13,10 @@ def norm_rotate(x, weight, cos, sin, eps: float):
     """See kernels.rotary.norm_rotate; all contiguous."""
     out, (tokens, heads, dim) = torch.empty_like(x), x.shape
     if x.numel():
-        _norm_rotate_kernel[(triton.cdiv(tokens * heads, ROWS),)](
+        launch(
+            _norm_rotate_kernel, (cdiv(tokens * heads, ROWS),),
             x, weight, cos, sin, out, tokens * heads, eps, H=heads, HALF=dim // 2,
-            PADDED=triton.next_power_of_2(dim // 2), NORM=weight is not None, ROWS=ROWS,
-            num_warps=4,
+            PADDED=next_power_of_2(dim // 2), NORM=weight is not None, ROWS=ROWS, num_warps=4,
         )  # fmt: skip
     return out
 

@@ -26,8 +26,8 @@ def short_conv(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:
 def short_conv_step(x: Tensor, weight: Tensor, ring: Tensor, lengths: Tensor) -> Tensor:
     """The convolution of one new token of every sequence, for inference: x [B, C] -> [B, C].
 
-    ring [B, W - 1, C] holds the tokens before it, token t in row t % (W - 1), and gets it;
-    lengths int32 [B] counts each sequence's tokens with it. All contiguous.
+    weight [W, C]. ring [B, W - 1, C] holds the tokens before it, token t in row t % (W - 1), and
+    gets it; lengths int32 [B], at least 1, counts each sequence's tokens with it. All contiguous.
     """
     if x.is_cuda:
         from kernels.short_conv_triton import step  # needs a working Triton

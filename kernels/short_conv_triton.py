@@ -42,9 +42,10 @@ def step(x, weight, ring, lengths):
     """See kernels.short_conv.short_conv_step."""
     y, (batch, channels) = torch.empty_like(x), x.shape
     if x.numel():
-        _step_kernel[(batch, triton.cdiv(channels, CHANNELS))](
-            x, weight, ring, lengths, y, C=channels, W=len(weight), CHANNELS=CHANNELS, num_warps=1
-        )
+        launch(
+            _step_kernel, (batch, cdiv(channels, CHANNELS)),
+            x, weight, ring, lengths, y, C=channels, W=len(weight), CHANNELS=CHANNELS, num_warps=1,
+        )  # fmt: skip
     return y
 
 

@@ -118,8 +118,9 @@ def flash_forward(q, k, v, cu_seqlens, keys: Keys, scale: float, merge=(None,) *
     _check(q, k, v)
     o = q.new_empty(*q.shape[:2], v.shape[2])
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    tile = _tiles(q, k, v, keys).forward
-    _backend(tile).forward(q, k, v, o, lse, merge, cu_seqlens, keys, tile, scale)
+    if q.numel():
+        tile = _tiles(q, k, v, keys).forward
+        _backend(tile).forward(q, k, v, o, lse, merge, cu_seqlens, keys, tile, scale)
     return o, lse
 
 
@@ -130,6 +131,11 @@ def flash_backward(
 
     delta [T, H] fp32 = sum(dO * O). A dq that is given is added to in place.
     """
+    add = dq is not None
+    dq = dq if add else torch.empty_like(q)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    if not q.numel():
+        return dq, dk, dv
     tiles = _tiles(q, k, v, keys)
     tokens, heads, _ = q.shape
     kv_heads = k.shape[1]
@@ -137,8 +143,6 @@ def flash_backward(
     rows = (tokens // ALIGN.value + cu_seqlens.numel() - 1) * ALIGN.value
     group = next_power_of_2(heads // kv_heads)
     stats = torch.empty(2, kv_heads, rows, group, dtype=torch.float32, device=q.device)
-    add = dq is not None
-    dq = dq if add else torch.empty_like(q)
     inputs = do, q, k, v, lse, delta, stats, dq, add, cu_seqlens, keys
     _backend(tiles.dq).backward_dq(*inputs, tiles.dq, scale)
 
@@ -146,7 +150,6 @@ def flash_backward(
     work = tile_map(keys.cu_keys, k.shape[0], tile.keys)
     num_chunks = _num_chunks(len(work) * kv_heads, max_seqlen, keys)
     chunk = cdiv(max_seqlen, num_chunks * ALIGN.value) * ALIGN.value
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     parts = dk, dv
     if num_chunks > 1:
         parts = [x.new_empty(num_chunks, *x.shape, dtype=torch.float32) for x in (k, v)]

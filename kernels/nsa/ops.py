@@ -38,9 +38,8 @@ def nsa_attention(
     q [T, H, Dk]; k_sel, k_win [T, Hkv, Dk]; v_sel, v_win [T, Hkv, Dv]; k_cmp [C, Hkv, Dk] and
     v_cmp [C, Hkv, Dv] with C = geometry.capacity(T) rows laid out by geometry.compressed_offsets;
     gates [T, H, 3] in the branch order above, already passed through the sigmoid (the backward
-    needs them not negative); cu_seqlens
-    int32 [N + 1] from 0 to T; max_seqlen the longest document in tokens (an upper bound will do);
-    scale defaults to Dk ** -0.5.
+    needs them not negative); cu_seqlens int32 [N + 1] from 0 to T; max_seqlen the longest document
+    in tokens (an upper bound will do); scale defaults to Dk ** -0.5. Any strides.
 
     Returns the output [T, H, Dv] in q's dtype, and the selected blocks int32 [Hkv, T, n] (see
     reference.select_blocks), through which no gradient flows.
@@ -48,10 +47,9 @@ def nsa_attention(
     """
     _check(q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, geometry)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    outputs = _attention(
-        q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, max_seqlen,
-        geometry.numbers(), scale,
-    )  # fmt: skip
+    # Kernels go by shapes alone; a view, such as a part of a wider projection, is copied for them.
+    inputs = (x.contiguous() for x in (q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates))
+    outputs = _attention(*inputs, cu_seqlens, max_seqlen, geometry.numbers(), scale)
     return outputs[0], outputs[-1]
 
 

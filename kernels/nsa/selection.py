@@ -27,7 +27,8 @@ from kernels.nsa.tiles import compressed_offsets, tile_map
 
 SCORE_BYTES = 512 << 20
 # Queries up to which one chunk serves all lengths; beyond, a chunk ends where the length of its
-# rows has doubled, so that short rows are not searched at the width of long ones.
+# rows has doubled, so that short rows are not searched at the width of long ones. A multiple of any
+# tile's queries: a row has room for its chunk's positions.
 FIRST_CHUNK = 16384
 SIDE_BY_SIDE = tl.constexpr(4)  # heads of a group that `_scores` holds as rows of a product
 TOP_WIDTH = 1024  # scores that one warp of `_top_blocks` searches

@@ -1,8 +1,11 @@
 """Gate and merge, and the operator as a whole from its Triton kernels, against the torch twin."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from kernels import dense
 from kernels.nsa import csr, flash, gates, ops, reference, window
 from kernels.nsa.geometry import Geometry
 
@@ -91,3 +94,54 @@ def test_the_whole_operator_from_its_kernels(monkeypatch):
         runs.append((out, indices, *torch.autograd.grad(out, tensors, dout)))
     for got, want in zip(*runs, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0], [0, 0]], ids=str)
+def test_no_tokens_at_all(monkeypatch, cu_seqlens):
+    monkeypatch.setattr(ops, "_backend", lambda q: ops._triton())
+    q, gate, k = random(0, 2, 16), random(0, 2, 3), random(0, 1, 16)
+    k_cmp = random(1, 1, 16)  # geometry.capacity(0)
+    leaves = [x.requires_grad_() for x in (q, k_cmp, k_cmp.clone(), *[k] * 4, gate)]
+    cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=DEVICE)
+    out, indices = ops.nsa_attention(*leaves, cu_seqlens, 0, Geometry(4, 4, 8, 3, 8))
+    assert out.shape == (0, 2, 16) and indices.shape == (1, 0, 3)
+    grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert not any(x.any() for x in grads)
+
+
+def strided(x):
+    """x as every other number of a row."""
+    return torch.stack([x, torch.full_like(x, 1e3)], -1).flatten(-2)[..., ::2]
+
+
+def test_inputs_may_have_any_strides(monkeypatch):
+    """Which the kernels do not know."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(csr, "_SORT", 32)
+    torch.manual_seed(0)
+    geometry, lengths, heads, dim = Geometry(4, 4, 8, 3, 8), [17, 3], 2, 16
+    tokens, rows = sum(lengths), geometry.capacity(sum(lengths))
+    tensors = [random(tokens, heads, dim)]
+    tensors += [random(n, 1, dim) for n in (rows, rows, tokens, tokens, tokens, tokens)]
+    tensors.append(torch.rand(tokens, heads, 3, device=DEVICE))
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    monkeypatch.setattr(ops, "_backend", lambda q: ops._triton())
+    kernels = dict(window_forward=window.window_forward, window_backward=window.window_backward)
+    monkeypatch.setattr(
+        dense, "_backend", lambda q: SimpleNamespace(**kernels, row_delta=gates.row_delta)
+    )
+
+    def nsa(*tensors):
+        return ops.nsa_attention(*tensors, cu_seqlens, max(lengths), geometry)[0]
+
+    def sliding(*tensors):
+        return dense.sliding_attention(*tensors, cu_seqlens, max(lengths), 5, 0.25)
+
+    for operator, inputs in ((nsa, tensors), (sliding, (tensors[0], *tensors[3:5]))):
+        results = []
+        for change in (torch.clone, strided):
+            leaves = [change(x).requires_grad_() for x in inputs]
+            out = operator(*leaves)
+            results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got, want)

@@ -54,6 +54,42 @@ def test_integers_of_one_kind_are_one_to_triton(specialize):
         assert found.setdefault(integer_kind(x), theirs) == theirs
 
 
+@pytest.mark.parametrize("values", [(True, False), (0.0, 1.0, 2.5, 16.0), (None,)], ids=str)
+def test_values_of_other_types_do_not_matter(values):
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    assert len({native_specialize_impl(backend, x, False, True, True) for x in values}) == 1
+    assert {tuple(sort_arguments((x,))[0]) for x in values} == {(type(values[0]),)}
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says so."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("specialize", [True, False])
+def test_tensors_of_one_kind_are_one_to_triton(specialize):
+    backend, found = make_backend(GPUTarget("cuda", 90, 32)), {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64):
+        for start in (0, 1, 2, 4, 8, 11):
+            x = torch.zeros(32, dtype=dtype)[start:]
+            (kind,), (address,) = sort_arguments((x.as_subclass(OnGpu),))
+            theirs = native_specialize_impl(backend, x, False, specialize, True)
+            assert found.setdefault(kind, theirs) == theirs and address == x.data_ptr()
+
+
+def test_tiles_differ_by_type_block_and_layout_only():
+    def kind(x, *how):
+        kinds, _ = sort_arguments((TileView(x.as_subclass(OnGpu), *how),))
+        return kinds and kinds[0]
+
+    x = torch.zeros(64, 64)
+    assert kind(x, (16, 32)) == kind(x[8:, 16:], (16, 32))
+    others = kind(x, (32, 16)), kind(x.half(), (16, 32)), kind(x, (16, 32), "layout")
+    assert len({kind(x, (16, 32)), *others}) == 4
+    assert kind(x.view(-1)[1:], (16,)) is None  # misaligned: Triton says so
+
+
 def test_kinds():
     kinds, values = sort_arguments((3, 16, 2.5, None, True))
     assert kinds == [(32, False), (32, True), float, type(None), bool]
@@ -125,9 +161,16 @@ def test_triton_launches_what_is_not_known_here(recorded, monkeypatch):
             launch(recorded, (1,), 3, 0.5, SIZE=8)
     finally:
         hook.remove(print)
+    hooks = SimpleNamespace(
+        launch_enter_hook=None, launch_exit_hook=print
+    )  # a function, not a chain
+    with monkeypatch.context() as profiled:
+        profiled.setattr(launching, "_HOOKS", hooks)
+        for _ in range(2):
+            launch(recorded, (1,), 3, 0.5, SIZE=8)
     monkeypatch.setattr(launching, "_SHORT", False)
     launch(recorded, (1,), 3, 0.5, SIZE=8)
-    assert len(recorded.by_triton) == 5 and not recorded.directly
+    assert len(recorded.by_triton) == 7 and not recorded.directly
 
 
 def _device():

@@ -54,6 +54,10 @@ def test_the_operator_keeps_its_promises():
     torch.library.opcheck(torch.ops.nsa.short_conv.default, inputs)
     if DEVICE == "cpu":
         assert torch.autograd.gradcheck(op.short_conv, inputs)
+    x, weight, ring = (torch.randn(n, 6, device=DEVICE) for n in (3, 4, 9))
+    lengths = torch.tensor([1, 2, 9], dtype=torch.int32, device=DEVICE)
+    step = x, weight, ring.view(3, 3, 6), lengths
+    torch.library.opcheck(torch.ops.nsa.short_conv_step.default, step)
 
 
 @pytest.mark.parametrize("step", [short_conv_triton.step, op.short_conv_step], ids=["kernel", "op"])

@@ -67,14 +67,8 @@ def test_a_wrong_argument_is_one_sentence(checkpoint, argument, message):
 
 
 def test_rates_leave_out_what_happens_once():
-    clock = [
-        0.0,
-        2.0,
-        5.0,
-        9.0,
-        9.5,
-        10.0,
-    ]  # a prompt, two steps that compile and capture, two more
+    # A prompt, two steps that compile and capture, two more.
+    clock = [0.0, 2.0, 5.0, 9.0, 9.5, 10.0]
     told = speed(1000, clock, compiles=False)
     assert told == (
         "1,000 prompt tokens in 2.00 s (500 tokens/s), then 4 in 8.00 s (the last 2 at 2 tokens/s)"
