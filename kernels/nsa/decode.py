@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from kernels.nsa import reference
 from kernels.nsa.geometry import Geometry
@@ -139,3 +140,17 @@ def _(q, k_cmp, v_cmp, *rest):
 @_decode_window.register_fake
 def _(q, k, v, lengths, window, scale):
     return q.new_empty(*q.shape[:2], v.shape[3])
+
+
+# Of full caches: what a sequence has of them is on the device. A multiply-add counts as two.
+@register_flop_formula(torch.ops.nsa.decode)
+def _decode_flops(q, k_cmp, v_cmp, k_sel, v_sel, *rest, out_shape=None, **kwargs) -> int:
+    geometry = Geometry(*rest[-2])
+    chosen = min(geometry.num_selected * geometry.select_block, k_sel[1])
+    rows = k_cmp[1] + chosen + min(geometry.window, k_sel[1])
+    return 2 * q[0] * q[1] * (q[2] + v_sel[3]) * rows
+
+
+@register_flop_formula(torch.ops.nsa.decode_window)
+def _decode_window_flops(q, k, v, lengths, window, *rest, out_shape=None, **kwargs) -> int:
+    return 2 * q[0] * q[1] * (q[2] + v[3]) * min(window, k[1])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.nsa import decode_triton, reference
 from kernels.nsa.decode import nsa_decode, window_decode
@@ -161,6 +162,20 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.nsa.decode, (*tensors, lengths, numbers, 0.25))
     q, k, v = tensors[0], tensors[3], tensors[4]
     torch.library.opcheck(torch.ops.nsa.decode_window, (q, k, v, lengths, 7, 0.25))
+
+
+@torch.no_grad()
+def test_operations_are_those_of_full_caches():
+    """2 sequences, 2 heads, 16 + 16 dimensions; room for 16 blocks, 3 blocks of 4, a window."""
+    geometry = Geometry(4, 2, 4, 3, 5)
+    tensors, lengths = make_inputs([9, 30], 32, 1, 2, (16, 16), geometry, torch.float32, 0)
+    q, k, v = tensors[0], tensors[3], tensors[4]
+    with FlopCounterMode(display=False) as counter:
+        nsa_decode(*tensors, lengths, geometry)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 32 * (16 + 3 * 4 + 5)
+    with FlopCounterMode(display=False) as counter:
+        window_decode(q, k, v, lengths, 7, 1.0)
+    assert counter.get_total_flops() == 2 * 2 * 2 * 32 * 7
 
 
 @pytest.mark.gpu
