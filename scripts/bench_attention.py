@@ -37,7 +37,7 @@ from kernels.nsa import ops
 from kernels.nsa.compress import gated_pool
 from kernels.nsa.decode import nsa_decode
 from kernels.nsa.geometry import Geometry, causal_pairs
-from train.telemetry import environment
+from train.telemetry import measurement
 
 FULL = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 GEOMETRY = Geometry()
@@ -386,9 +386,7 @@ def ceilings() -> dict[str, float]:
 
 def measure(settings: BenchSettings, path: Path) -> dict:
     """All numbers, which are in the JSON file `path` as soon as a shape and length is done."""
-    results = environment(torch.device("cuda")) | dict(
-        date=time.strftime("%Y-%m-%d"),
-        command="python scripts/bench_attention.py " + " ".join(sys.argv[1:]),
+    results = measurement(torch.device("cuda")) | dict(
         geometry=asdict(GEOMETRY),
         ceilings=ceilings(), whole=[], parts=[], decode=[],
     )  # fmt: skip

@@ -34,7 +34,7 @@ import time
 import torch
 
 from data.config import ROOT
-from train.telemetry import environment
+from train.telemetry import measurement
 
 LIMIT = 90  # seconds for one launch
 
@@ -44,13 +44,17 @@ class Bench:
         self.options, self.began = options, time.monotonic()
         self.runs = Path(tempfile.mkdtemp(prefix="benchmark_"))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.results = {
-            "command": " ".join(sys.argv), "environment": environment(device), "parts": {},
-        }  # fmt: skip
+        self.results = {"environment": measurement(device), "parts": {}}
 
-    def part(self, name: str, measure) -> dict:
-        """measure() -> a dict for the results; what fails is recorded and does not end the rest."""
-        if time.monotonic() - self.began > self.options.seconds:
+    def over(self) -> bool:
+        return time.monotonic() - self.began > self.options.seconds
+
+    def part(self, name: str, measure, started: bool = False) -> dict:
+        """measure() -> a dict for the results; what fails is recorded and does not end the rest.
+
+        One that is `started` is waited for, however late it is.
+        """
+        if self.over() and not started:
             return {}
         began = time.monotonic()
         try:
@@ -191,13 +195,13 @@ def main() -> None:
             "1 rank, short", lambda: bench.run("alone_short", 1, *recipe(short, "full"))
         )
     }
-    pair = {
-        name: bench.launch(name, 1, *recipe(long, attention), gpu=gpu)
-        for gpu, (name, attention) in enumerate({"alone_nsa": "nsa", "alone_full": "full"}.items())
-    }
+    pair = {}
+    if not bench.over():
+        for gpu, (name, attention) in enumerate((("alone_nsa", "nsa"), ("alone_full", "full"))):
+            pair[name] = bench.launch(name, 1, *recipe(long, attention), gpu=gpu)
     for name, process in pair.items():
         alone[name] = bench.part(
-            f"1 rank, long, {name}", lambda n=name, p=process: bench.finish(n, p)
+            f"1 rank, long, {name}", lambda n=name, p=process: bench.finish(n, p), started=True
         )
     for stage in (1, 2, 3):
         zero = f"parallel=zero{stage}"
@@ -210,12 +214,12 @@ def main() -> None:
         bench.part(
             f"{ranks} ranks, long nsa, ZeRO-{stage}",
             lambda zero=zero, stage=stage: bench.compared(
-                alone["alone_nsa"], f"n{ranks}{stage}", ranks, *recipe(long, "nsa"), zero
+                alone.get("alone_nsa", {}), f"n{ranks}{stage}", ranks, *recipe(long, "nsa"), zero
             ),
         )
     split = f"parallel.sequence={ranks}"
     for attention, one in (("nsa", "alone_nsa"), ("full", "alone_full")):
-        for times, beside in ((1, alone[one]), (2, {})):
+        for times, beside in ((1, alone.get(one, {})), (2, {})):
             bench.part(
                 f"{ranks} ranks share a sequence of {times * long}, {attention}",
                 lambda a=attention, n=times * long, b=beside: bench.compared(

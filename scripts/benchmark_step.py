@@ -30,7 +30,7 @@ from model.build import build_decoder
 from train.config import RunConfig, check_config
 from train.engine import Engine, Ranks, start_process_group
 from train.optimizer import build_optimizer
-from train.telemetry import environment, peak_flops
+from train.telemetry import measurement, peak_flops
 
 VOCAB = 32768
 DENSE = ["+experiment=full_8k"]
@@ -142,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = start_process_group(device)
-    results = {"environment": environment(ranks.device), "variants": {}}
+    results = {"environment": measurement(ranks.device), "variants": {}}
     began = time.perf_counter()
     for name in options.only:
         if time.perf_counter() - began > options.seconds:

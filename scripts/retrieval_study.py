@@ -48,7 +48,7 @@ from model.decoder import Decoder
 from model.importance import ImportanceTeacher
 from model.probe import BlockRecall
 from train.optimizer import OptimizerConfig, build_optimizer
-from train.telemetry import environment
+from train.telemetry import measurement
 
 STATES, KEYS, VALUES = 32, 256, 256  # kinds of tokens, in this order
 SUCCESSORS = (0.55, 0.25, 0.12, 0.08)  # probabilities of the chain's next states
@@ -441,7 +441,7 @@ def main() -> None:
     failed = 0
     if runs:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        machine = {"environment": environment(device)}
+        machine = {"environment": measurement(device)}
         with open(out, "a", buffering=1) as file:
             for run, result in run_all(runs, settings, options, device):
                 if result is None:

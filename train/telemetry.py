@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -50,6 +51,12 @@ def environment(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     return {"python": platform.python_version(), **found, "device": hardware, "commit": commit}
+
+
+def measurement(device: torch.device) -> dict[str, str]:
+    """The head of a result file: environment(), the date, and the command that is running."""
+    command = shlex.join(["python", *sys.argv])
+    return environment(device) | {"date": time.strftime("%Y-%m-%d"), "command": command}
 
 
 def code_fingerprint() -> str:
