@@ -3,9 +3,9 @@
 Every launch of `kernel[grid](...)` in Triton 3.6 binds the arguments by name, asks after the class
 of each, spells its options out, compares the globals, builds what a profiler's hooks would read and
 asks the driver about every pointer. An NSA forward is two dozen launches of kernels that take 20 to
-40 arguments, a backward three dozen, and at short lengths the GPU waited for them: 2.4 ms a forward
-and 4.4 a backward by Triton (16/4 heads of 128, 1,024 tokens, H100), 1.5 and 2.0 by `launch`, torch's
-own share included (4,096 tokens, of which the kernels need .35 and .72).
+40 arguments, a backward three dozen, and at short lengths the GPU waits for them: what that still
+costs with `launch` is the difference between "nsa 85 %" and "nsa 85 %, CUDA graph" in
+scripts/bench_attention.py (nsa/results/h100.json; nsa/PERFORMANCE.md has the times before).
 
 All that decides which compiled kernel a call gets, and what it decides by is little: the constants,
 and of each argument its type, whether an address or a number is a multiple of 16, and whether a

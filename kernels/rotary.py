@@ -20,7 +20,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def norm_rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """rotate() of x [T, heads, D] after an RMSNorm of its rows with weight [D]; None is no norm.
 
-    cos and sin are fp32 [T, D / 2]. Triton on CUDA, the plain torch twin on any other device.
+    cos and sin are fp32 [T, D / 2]. Triton on CUDA, where the result is rounded once, while torch
+    also rounds between norm and rotation; the plain torch twin on any other device.
     """
     if x.is_cuda:
         from kernels.rotary_triton import norm_rotate as step  # needs a working Triton

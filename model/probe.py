@@ -41,7 +41,10 @@ class OperatorProbe(TorchDispatchMode):
 
 
 class NSAProbe(OperatorProbe):
-    """Statistics of the forward passes inside `with NSAProbe() as probe`, one entry a layer."""
+    """Statistics of the forward passes inside `with NSAProbe() as probe`, one entry a layer.
+
+    Here as in BlockRecall, layers are those with NSA, counted from 0.
+    """
 
     def __init__(self):
         super().__init__()
