@@ -70,21 +70,21 @@ class Rotary(nn.Module):
         return Rope(positions, angles.cos() * self.magnitude, angles.sin() * self.magnitude)
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Turn x [T, heads, D] by its positions; the arithmetic is fp32, the result has x's dtype."""
-    return rotary.rotate(x, rope.cos, rope.sin)
+class RotaryNorm(nn.Module):
+    """RMSNorm of every head of queries or keys, if `norm`, and their rotation by position."""
 
+    def __init__(self, head_dim: int, eps: float, norm: bool):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(head_dim)) if norm else None
 
-def norm_rotate(x: Tensor, norm: nn.Module, rope: Rope, inference: bool) -> Tensor:
-    """rotate() of x [T, heads, D] after `norm`, an RMSNorm or Identity; one operator without a
-    gradient for inference."""
-    if not inference:
-        return rotate(norm(x), rope)
-    weight, eps = (norm.weight, norm.eps) if isinstance(norm, nn.RMSNorm) else (None, 0.0)
-    return rotary.norm_rotate(x, weight, rope.cos, rope.sin, eps)
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        """x [T, heads, D] -> [T, heads, D]"""
+        return rotary.norm_rotate(x, self.weight, rope.cos, rope.sin, self.eps)
 
 
 PROJECTED_AT_ONCE = {"cuda"}  # device types, for compiled code
+CACHE_LINE = 64  # numbers of two bytes
 
 
 def project(x: Tensor, *layers: nn.Linear | None) -> list[Tensor | None]:
@@ -98,14 +98,18 @@ def project(x: Tensor, *layers: nn.Linear | None) -> list[Tensor | None]:
     """
     there = [layer for layer in layers if layer is not None]
     at_once = torch.compiler.is_compiling() and x.device.type in PROJECTED_AT_ONCE
-    # A row whose last 16 bytes are not full would slow all of the product down.
+    # A part that does not begin at a multiple of 16 bytes would slow what reads it down.
     if not at_once or any(type(y) is not nn.Linear or y.out_features % 8 for y in there):
         return [None if layer is None else layer(x) for layer in layers]
-    product = F.linear(x, torch.cat([layer.weight for layer in there]))
-    parts = product.split([layer.out_features for layer in there], -1)
+    sizes = [layer.out_features for layer in there]
+    weights = [layer.weight for layer in there]
+    # The compiler pads rows to whole cache lines, and would then copy every part for its reader.
+    if spare := -sum(sizes) % CACHE_LINE:
+        weights.append(x.new_zeros(spare, x.shape[-1]))
+    parts = F.linear(x, torch.cat(weights)).split([*sizes, spare], -1)
     made = {
         layer: part if layer.bias is None else part + layer.bias
-        for layer, part in zip(there, parts, strict=True)
+        for layer, part in zip(there, parts, strict=False)
     }
     return [made.get(layer) for layer in layers]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from model.attention.short_conv import ShortConv
 from model.cache import LayerCache
-from model.layers import Rope, norm_rotate, project
+from model.layers import Rope, RotaryNorm, project
 from model.parallel import HeadExchange
 
 
@@ -46,7 +46,7 @@ class Attention(nn.Module, ABC):
         self.exchange: HeadExchange | None = None  # set under sequence parallelism
         self.branch_gates: nn.Linear | None = None  # a design with several branches may have one
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.q_norm = nn.RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.q_norm = RotaryNorm(head_dim, norm_eps, qk_norm)
         self.gate_proj = nn.Linear(dim, num_heads * head_dim, bias=False) if output_gate else None
         self.out_proj = nn.Linear(num_heads * head_dim, dim, bias=False)
 
@@ -73,8 +73,7 @@ class Attention(nn.Module, ABC):
         q, branch_gates, *projected, gate = project(
             x, self.q_proj, self.branch_gates, *pairs, self.gate_proj
         )
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))
-        q = norm_rotate(q, self.q_norm, rope, inference=cache is not None)
+        q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim)), rope)
         keys_values = [
             kv(k, v, rope, cu_seqlens, cache, self.exchange, name)
             for (name, kv), k, v in zip(
@@ -131,7 +130,7 @@ class KeyValue(nn.Module):
         self.v_proj = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
         convs = (ShortConv(kv_conv, num_kv_heads * head_dim) if kv_conv else None for _ in "kv")
         self.k_conv, self.v_conv = convs
-        self.k_norm = nn.RMSNorm(head_dim, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RotaryNorm(head_dim, norm_eps, qk_norm)
 
     def forward(
         self,
@@ -149,4 +148,4 @@ class KeyValue(nn.Module):
             where = rope.positions, cu_seqlens, cache, exchange
             k, v = self.k_conv(k, *where, f"{name}_k"), self.v_conv(v, *where, f"{name}_v")
         k, v = k.unflatten(-1, self.heads), v.unflatten(-1, self.heads)
-        return norm_rotate(k, self.k_norm, rope, inference=cache is not None), v
+        return self.k_norm(k, rope), v
