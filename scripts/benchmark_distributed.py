@@ -2,10 +2,11 @@
 
     python scripts/benchmark_distributed.py --ranks 2 --out results.json --seconds 460
 
-Real launches of train/pretrain.py, each with a time limit of its own, on the embedded novels as one
-document: data parallelism under ZeRO 1 to 3 at 8k and 64k, sequence parallelism at 64k, 128k and
-beyond, resuming on fewer ranks, a signal and a kill on one rank, and both launchers. Results are
-written after every part, and no part starts after --seconds. Overrides on the command line are added
+Real launches of train/pretrain.py, not compiled, each with a time limit of its own, on the embedded
+novels as one document: data parallelism under ZeRO 1 to 3 at 8k and 64k, sequence parallelism at 64k
+and beyond; then, beside each other, resuming on other numbers of ranks, a signal and a kill on one
+rank, and the other launcher. Results are written after every part, and no part starts after
+--seconds; the same call again goes on with what --out lacks. Overrides on the command line are added
 to every run: the rehearsal is
 
     python scripts/benchmark_distributed.py --lengths 256 512 device=cpu model=tiny \\
@@ -29,43 +30,70 @@ import signal
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from data.config import ROOT
 from train.telemetry import measurement
 
-LIMIT = 90  # seconds for one launch
+LIMIT = 150  # seconds for one launch; the first ones of a machine compile kernels
 
 
 class Bench:
+    """results: calls, which measured the parts that name their number; parts, a run or several each;
+    comparisons of parts that name another as `beside`."""
+
     def __init__(self, options: argparse.Namespace):
         self.options, self.began = options, time.monotonic()
         self.runs = Path(tempfile.mkdtemp(prefix="benchmark_"))
+        self.lock = threading.Lock()  # around the results
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.results = {"environment": measurement(device), "parts": {}}
+        out = Path(options.out)
+        self.results = json.loads(out.read_text()) if out.exists() else {"calls": [], "parts": {}}
+        self.results["calls"].append(measurement(device))
 
     def over(self) -> bool:
         return time.monotonic() - self.began > self.options.seconds
 
-    def part(self, name: str, measure, started: bool = False) -> dict:
+    def part(self, name: str, measure, started: bool = False) -> None:
         """measure() -> a dict for the results; what fails is recorded and does not end the rest.
 
         One that is `started` is waited for, however late it is.
         """
-        if self.over() and not started:
-            return {}
+        if self.done(name) or (self.over() and not started):
+            return
         began = time.monotonic()
         try:
             result = measure()
         except (RuntimeError, OSError, AssertionError, subprocess.TimeoutExpired) as error:
             result = {"error": str(error)[-800:]}
-        shown = {k: v for k, v in result.items() if k != "losses"}
-        print(f"{name}: {json.dumps(shown)} ({time.monotonic() - began:.0f} s)", flush=True)
-        self.results["parts"][name] = result
-        Path(self.options.out).write_text(json.dumps(self.results, indent=1))
-        return result
+        with self.lock:
+            self.results["parts"][name] = result | {"call": len(self.results["calls"]) - 1}
+            self.results["comparisons"] = self.comparisons()
+            told = self.results["comparisons"].get(name, {})
+            told |= {k: v for k, v in result.items() if k != "losses"}
+            print(f"{name}: {json.dumps(told)} ({time.monotonic() - began:.0f} s)", flush=True)
+            Path(self.options.out).write_text(json.dumps(self.results, indent=1))
+
+    def done(self, name: str) -> bool:
+        return "error" not in self.results["parts"].get(name, {"error": "not run"})
+
+    def comparisons(self) -> dict:
+        """Largest relative difference of the losses, and scaling efficiency where both were timed."""
+        found, parts = {}, self.results["parts"]
+        for name, part in parts.items():
+            alone = parts.get(part.get("beside"), {})
+            if "losses" not in alone:
+                continue
+            steps = zip(alone["losses"], part["losses"], strict=False)
+            found[name] = {"loss_difference": max(abs(a - b) / a for a, b in steps)}
+            if "tokens_per_s" in alone and "tokens_per_s" in part:
+                share = part["tokens_per_s"] / alone["tokens_per_s"] / part["ranks"]
+                found[name]["efficiency"] = share
+        return found
 
     def launch(
         self, name: str, ranks: int, *overrides: str, launcher: str = "torchrun", gpu: int = 0
@@ -120,16 +148,18 @@ class Bench:
         }
 
     def run(self, name: str, ranks: int, *overrides: str, **how) -> dict:
-        return self.finish(name, self.launch(name, ranks, *overrides, **how))
+        return self.finish(name, self.launch(name, ranks, *overrides, **how)) | {"ranks": ranks}
 
-    def compared(self, alone: dict, name: str, ranks: int, *overrides: str) -> dict:
-        """A run beside one GPU's: largest relative difference of the losses, scaling efficiency."""
-        result = self.run(name, ranks, *overrides)
-        if "losses" in alone:
-            pairs = zip(alone["losses"], result["losses"], strict=False)
-            result["loss_difference"] = max(abs(a - b) / a for a, b in pairs)
-            result["efficiency"] = result["tokens_per_s"] / alone["tokens_per_s"] / ranks
-        return result | {"tokens_per_s_per_rank": result["tokens_per_s"] / ranks}
+    def beside(self, alone: str, name: str, ranks: int, *overrides: str) -> dict:
+        """A run to be compared with the part `alone`."""
+        return self.run(name, ranks, *overrides) | {"beside": alone}
+
+    def resumed(self, alone: str, name: str, first: list, then: list) -> dict:
+        """Half of the steps by some ranks, the rest by others: (ranks, overrides) each."""
+        half = f"train.max_steps={self.options.steps // 2}"
+        self.run(name, *first, half)
+        result = self.run(name, *then, "train.resume=true")
+        return {"losses": result["losses"], "beside": alone}
 
 
 def children(process: subprocess.Popen) -> list[int]:
@@ -139,18 +169,18 @@ def children(process: subprocess.Popen) -> list[int]:
 
 
 def disturbed(bench: Bench, number: int, recipe: list[str]) -> dict:
-    """A run of many steps whose second rank gets a signal: how it ends, and that it goes on."""
+    """A run of many steps whose last rank gets a signal: how it ends, and what it leaves."""
     name, ranks = f"signal_{number}", bench.options.ranks
-    long = [*recipe, "train.max_steps=2000", "train.checkpoint_every=2"]
+    long = [*recipe, "train.max_steps=20000", "train.checkpoint_every=4"]
     process = bench.launch(name, ranks, *long)
     metrics = bench.runs / name / "metrics.jsonl"
     deadline = time.monotonic() + LIMIT
-    while not metrics.exists() or metrics.read_text().count('"loss"') < 3:
+    while not metrics.exists() or metrics.read_text().count('"loss"') < 6:
         if process.poll() is not None or time.monotonic() > deadline:
             raise RuntimeError(bench.reason(name))
         time.sleep(0.1)
     sent = time.monotonic()
-    os.kill(children(process)[1], number)
+    os.kill(children(process)[-1], number)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(LIMIT)
     seconds, status = time.monotonic() - sent, process.poll()
@@ -190,65 +220,73 @@ def main() -> None:
         return [*shared, f"attention={attention}", *sizes]
 
     # One GPU: both lengths at once, on two GPUs, after the data is prepared by the first.
-    alone = {
-        "short": bench.part(
-            "1 rank, short", lambda: bench.run("alone_short", 1, *recipe(short, "full"))
-        )
-    }
+    alone = {name: f"1 rank, {length:,} tokens, {name}" for name, length in
+             (("short full", short), ("nsa", long), ("full", long))}  # fmt: skip
+    bench.part(alone["short full"], lambda: bench.run("alone", 1, *recipe(short, "full")))
     pair = {}
-    if not bench.over():
-        for gpu, (name, attention) in enumerate((("alone_nsa", "nsa"), ("alone_full", "full"))):
-            pair[name] = bench.launch(name, 1, *recipe(long, attention), gpu=gpu)
-    for name, process in pair.items():
-        alone[name] = bench.part(
-            f"1 rank, long, {name}", lambda n=name, p=process: bench.finish(n, p), started=True
+    for gpu, attention in enumerate(("nsa", "full")):
+        if not bench.over() and not bench.done(alone[attention]):
+            how = recipe(long, attention)
+            pair[attention] = bench.launch(f"alone_{attention}", 1, *how, gpu=gpu)
+    for attention, process in pair.items():
+        name = f"alone_{attention}"
+        bench.part(
+            alone[attention],
+            lambda n=name, p=process: bench.finish(n, p) | {"ranks": 1},
+            started=True,
         )
     for stage in (1, 2, 3):
-        zero = f"parallel=zero{stage}"
-        bench.part(
-            f"{ranks} ranks, short, ZeRO-{stage}",
-            lambda zero=zero, stage=stage: bench.compared(
-                alone["short"], f"s{stage}", ranks, *recipe(short, "full"), zero
-            ),
-        )
-        bench.part(
-            f"{ranks} ranks, long nsa, ZeRO-{stage}",
-            lambda zero=zero, stage=stage: bench.compared(
-                alone.get("alone_nsa", {}), f"n{ranks}{stage}", ranks, *recipe(long, "nsa"), zero
-            ),
-        )
-    split = f"parallel.sequence={ranks}"
-    for attention, one in (("nsa", "alone_nsa"), ("full", "alone_full")):
-        for times, beside in ((1, alone.get(one, {})), (2, {})):
+        for attention, length, one in (
+            ("full", short, alone["short full"]),
+            ("nsa", long, alone["nsa"]),
+        ):
+            how = [*recipe(length, attention), f"parallel=zero{stage}"]
             bench.part(
-                f"{ranks} ranks share a sequence of {times * long}, {attention}",
-                lambda a=attention, n=times * long, b=beside: bench.compared(
-                    b, f"u{a}{n}", ranks, *recipe(n, a), split
-                ),
+                f"{ranks} ranks, {length:,} tokens, {attention}, ZeRO-{stage}",
+                lambda n=f"{attention}{stage}", h=how, o=one: bench.beside(o, n, ranks, *h),
             )
-    more = f"train.max_steps={options.steps + 3}"
-    bench.part(
-        f"saved by {ranks} ranks under ZeRO-3, continued by 1",
-        lambda: bench.run("s3", 1, *recipe(short, "full"), more, "train.resume=true"),
-    )
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        bench.part(
-            f"{number.name} on one rank",
-            lambda n=number: disturbed(bench, n, recipe(short, "full")),
-        )
-    bench.part(
-        "the deepspeed launcher",
-        lambda: bench.run("ds", ranks, *recipe(short, "full"), launcher="deepspeed"),
-    )
+    split = f"parallel.sequence={ranks}"
+    for attention in ("nsa", "full"):
+        for times in (1, 2):
+            how = [*recipe(times * long, attention), split]
+            bench.part(
+                f"{ranks} ranks share {times * long:,} tokens, {attention}",
+                lambda a=attention, t=times, h=how: bench.beside(alone[a], f"u{a}{t}", ranks, *h),
+            )
+
+    # What is not timed runs side by side, with small steps.
+    small = [*recipe(short, "full"), f"train.micro_batch_tokens={short}"]
+    small += [f"train.batch_tokens={2 * ranks * short}"]
+    one, many = (1, *small), (ranks, *small, "parallel=zero3")
+    whole = "small steps, 1 rank"
+    untimed = {
+        whole: lambda: {"losses": bench.run("small", *one)["losses"]},
+        f"small steps, by {ranks} ranks under ZeRO-3, then by 1": lambda: bench.resumed(
+            whole, "fewer", many, one
+        ),
+        f"small steps, by 1 rank, then by {ranks} under ZeRO-3": lambda: bench.resumed(
+            whole, "more", one, many
+        ),
+        "SIGTERM on one rank": lambda: disturbed(bench, signal.SIGTERM, small),
+        "SIGKILL on one rank": lambda: disturbed(bench, signal.SIGKILL, small),
+        "the deepspeed launcher": lambda: {
+            "losses": bench.run("ds", ranks, *small, launcher="deepspeed")["losses"],
+            "beside": whole,
+        },
+    }
+    with ThreadPoolExecutor(len(untimed)) as pool:
+        for name, measure in untimed.items():
+            pool.submit(bench.part, name, measure)
+
     # Longer ones, whose activations do not all fit.
     for times, recompute in ((4, "selective"), (8, "full")):
-        sizes = [f"train.batch_tokens={times * long}", "train.max_steps=3"]
         memory = f"train.activation_checkpointing={recompute}"
+        sizes = [f"train.batch_tokens={times * long}", "train.max_steps=2", memory]
         for attention in ("nsa", "full"):
-            how = [*recipe(times * long, attention), *sizes, memory, split]
+            how = [*recipe(times * long, attention), *sizes, split]
             bench.part(
-                f"{ranks} ranks share a sequence of {times * long}, {attention}, {memory}",
-                lambda name=f"u{attention}{times}", how=how: bench.run(name, ranks, *how),
+                f"{ranks} ranks share {times * long:,} tokens, {attention}, recomputing: {recompute}",
+                lambda n=f"u{attention}{times}", h=how: bench.run(n, ranks, *h),
             )
     shutil.rmtree(bench.runs)
 

@@ -43,6 +43,9 @@ VARIANTS = {  # name: (overrides, bare loop?, profile?)
     "eager": ([*DENSE, "train.compile=false"], False, False),
     "nsa at 64k": (["+experiment=nsa_64k"], False, True),
     "full at 64k": (["+experiment=full_64k"], False, False),
+    "sliding at 64k": (["+experiment=sliding_64k"], False, False),
+    "nsa at 16k": (["+experiment=nsa_64k", "train.seq_len=16384"], False, False),
+    "full at 16k": (["+experiment=full_64k", "train.seq_len=16384"], False, False),
     "nsa at 64k, selective": (
         ["+experiment=nsa_64k", "train.activation_checkpointing=selective"], False, False,
     ),
@@ -156,6 +159,7 @@ def main() -> None:
         results["variants"][name] = result | {"after_s": time.perf_counter() - began}
         print(name, json.dumps(result), flush=True)
         Path(options.out).write_text(json.dumps(results, indent=1))
+        torch._dynamo.reset()  # or it would compile later variants for any shape
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from data.batch import Batch
-from model.decoder import Decoder
+from model.decoder import Block, Decoder
 from model.loss import Loss
 from train.config import RunConfig
 from train.optimizer import build_optimizer
@@ -138,6 +138,8 @@ class Engine:
             model.share_sequences(self.sequence_group)
         if stage == 0:
             model = model.to(device, run.dtype)
+        if stage == 3:  # gathered a block at a time: layer by layer, the GPUs would wait for hosts
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
         self.optimizer = build_optimizer(model, run.optimizer, stage, device.type == "cuda")
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory at every turn
             self.deepspeed, *_ = deepspeed.initialize(

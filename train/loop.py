@@ -64,6 +64,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     if settings.init_from and not found:
         origin = init_from(model, resolve_path(settings.init_from), tokenizer)
     num_parameters = model.num_parameters()
+    flops_per_token = [model.flops_per_token(stage.seq_len) for stage in run.stages]
     engine = Engine(model, run, ranks)
     accumulation = run.accumulation(ranks.world_size)
     checkpoints = Checkpoints(
@@ -159,7 +160,6 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             stage = run.stage(state.step)
             length = run.stages[stage]
             model.rotary.set_base(length.rope_base)
-            flops_per_token = model.flops_per_token(length.seq_len)
             stream = prefetch(micro_batches(run, stage, loaders[stage], state.step, ranks))
 
         # One optimizer step. A signal between two passes gives the half step up; it is repeated
@@ -218,7 +218,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
                 metrics["update_norm"] = step.update_norm
             if peak:
                 rate = metrics["tokens_per_s"] / ranks.world_size
-                metrics["mfu"] = flops_per_token * rate / peak
+                metrics["mfu"] = flops_per_token[stage] * rate / peak
             if device.type == "cuda":
                 metrics["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
             telemetry.record(metrics)
