@@ -220,7 +220,7 @@ def main() -> None:
         return [*shared, f"attention={attention}", *sizes]
 
     # One GPU: both lengths at once, on two GPUs, after the data is prepared by the first.
-    alone = {name: f"1 rank, {length:,} tokens, {name}" for name, length in
+    alone = {name: f"1 rank, {length:,} tokens, {name.split()[-1]}" for name, length in
              (("short full", short), ("nsa", long), ("full", long))}  # fmt: skip
     bench.part(alone["short full"], lambda: bench.run("alone", 1, *recipe(short, "full")))
     pair = {}
