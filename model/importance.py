@@ -7,8 +7,6 @@ each block if it saw all tokens (as DSA's indexer is taught, arXiv 2512.02556, s
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,8 +42,7 @@ class ImportanceTeacher(TorchFunctionMode):
             self.loss = self.loss + selection_kl(q, k_cmp, k_sel, *sizes)
         if not self.dense:
             return function(*args)
-        selected = gates.new_tensor([0.0, 1.0, 0.0])
-        others = gates * (1 - selected)
+        others = gates * torch.arange(3, device=gates.device).ne(1)
         out, *rest = function(*args[:7], others, *args[8:])
         everything = full_attention(q, k_sel, v_sel, cu_seqlens, longest, scale)
         return out + gates[..., 1:2] * everything, *rest
@@ -66,13 +63,22 @@ def selection_kl(
             f"The importance is taught by dense attention, for documents of at most {LONGEST:,} "
             f"tokens, not {max_seqlen:,}; take shorter sequences or no selection KL."
         )
-    rows = geometry.compressed_offsets(cu_seqlens).tolist()
     total = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32))
-    for i, (low, high) in enumerate(pairwise(cu_seqlens.tolist())):
-        blocks = k_cmp[rows[i] : rows[i] + geometry.num_compressed(high - low)]
-        if len(blocks):
-            total = total + _document(q[low:high], blocks, k_sel[low:high], geometry, scale)
+    low = row = 0
+    for length in _lengths(cu_seqlens, len(q), max_seqlen):
+        own, count = slice(low, low + length), geometry.num_compressed(length)
+        if count:
+            total = total + _document(q[own], k_cmp[row : row + count], k_sel[own], geometry, scale)
+        low, row = low + length, row + count
     return total / (len(q) * k_sel.shape[1])
+
+
+def _lengths(cu_seqlens: Tensor, num_tokens: int, max_seqlen: int) -> list[int]:
+    """Of the documents. Where all are the longest without a look at the device, so that the lesson can
+    be part of a CUDA graph."""
+    count = len(cu_seqlens) - 1
+    equal = num_tokens == count * max_seqlen
+    return [max_seqlen] * count if equal else cu_seqlens.diff().tolist()
 
 
 def _document(q, k_cmp, k_sel, geometry: Geometry, scale: float) -> Tensor:

@@ -32,7 +32,6 @@ from train.engine import Engine, Ranks, start_process_group
 from train.optimizer import build_optimizer
 from train.telemetry import measurement, peak_flops
 
-VOCAB = 32768
 DENSE = ["+experiment=full_8k"]
 SMALL_PASS = ["train.micro_batch_tokens=8192"]
 VARIANTS = {  # name: (overrides, bare loop?, profile?)
@@ -49,7 +48,12 @@ VARIANTS = {  # name: (overrides, bare loop?, profile?)
     "nsa at 64k, selective": (
         ["+experiment=nsa_64k", "train.activation_checkpointing=selective"], False, False,
     ),
+    "full small at 64k": (["+experiment=full_small_64k"], False, False),
+    "sliding small at 64k": (["+experiment=sliding_small_64k"], False, False),
 }  # fmt: skip
+for length in (32768, 65536, 131072, 262144):  # steps of one sequence
+    sizes = [f"train.{key}={length}" for key in ("seq_len", "micro_batch_tokens", "batch_tokens")]
+    VARIANTS[f"nsa small at {length >> 10}k"] = ["+experiment=nsa_small_64k", *sizes], False, False
 
 
 class BareLoop:
@@ -81,7 +85,8 @@ class BareLoop:
 
 def random_batch(run: RunConfig, device: torch.device) -> Batch:
     count, length = run.train.micro_batch_tokens // run.train.seq_len, run.train.seq_len
-    tokens = torch.randint(VOCAB, (count * length + 1,), device=device)
+    vocabulary = run.raw["tokenizer"]["vocab_size"]
+    tokens = torch.randint(vocabulary, (count * length + 1,), device=device)
     positions = torch.arange(length, device=device).repeat(count)
     cu_seqlens = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
     return Batch(tokens[:-1], tokens[1:], positions, cu_seqlens, length)
@@ -93,7 +98,7 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
         raw = OmegaConf.to_container(compose("config", command_line(overrides)), resolve=True)
     run, device = check_config(raw), ranks.device
     torch.manual_seed(0)
-    model = build_decoder(raw["model"], raw["attention"], VOCAB)
+    model = build_decoder(raw["model"], raw["attention"], raw["tokenizer"]["vocab_size"])
     flops, count = model.flops_per_token(run.train.seq_len), model.num_parameters()
     engine = BareLoop(model, run, device) if bare else Engine(model, run, ranks)
     batch, cuda = random_batch(run, device), device.type == "cuda"

@@ -204,6 +204,44 @@ def losses(logits: Tensor, part: Sequences) -> tuple[Tensor, Tensor]:
     return chain, (nats.gather(1, part.second) * asked).sum() / asked.sum()
 
 
+def objective(model, packed: Packed, part: Sequences, dense: bool, settings: Settings) -> Tensor:
+    """What is minimised; `dense`: the selected branch sees all tokens."""
+    teacher = ImportanceTeacher(dense, learn=settings.selection_kl > 0)
+    with teacher if dense or teacher.learn else nullcontext():
+        chain, asked = losses(packed.logits(model, part.tokens), part)
+    return chain + asked + settings.selection_kl * teacher.loss
+
+
+class CapturedPass:
+    """A forward and backward pass as a CUDA graph: a model this small waits for its launches."""
+
+    def __init__(self, model: Decoder, packed: Packed, part: Sequences, *how):
+        self.part = Sequences(*(x.clone() for x in part))
+
+        def run() -> None:
+            objective(model, packed, self.part, *how).backward()
+
+        stream = torch.cuda.Stream()  # where kernels are compiled and workspaces made
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        model.zero_grad()  # to None: the graph writes gradients, and adds to none
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            run()
+        self.gradients = [(p, p.grad) for p in model.parameters()]
+
+    def __call__(self, part: Sequences) -> None:
+        """The parameters' gradients."""
+        for own, new in zip(self.part, part, strict=True):
+            own.copy_(new)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+
+
 def build(run: Run) -> tuple[dict, Decoder, OptimizerConfig]:
     """The run's resolved config, its model and optimizer. Raises ValueError or HydraException."""
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
@@ -228,6 +266,7 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict:
     rng = np.random.default_rng(run.seed + 1)
     held_out = make_sequences(8 * settings.batch, settings, np.random.default_rng(0))
     packed, curve = Packed(settings, device), []
+    captured: dict[bool, CapturedPass] = {}
     for step in range(settings.steps):
         if step % 64 == 0:
             data = make_sequences(64 * settings.batch, settings, rng)
@@ -236,14 +275,15 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["lr_scale"] * _schedule(step, settings)
         dense = step < settings.dense_warmup * settings.steps
-        teacher = ImportanceTeacher(dense, learn=settings.selection_kl > 0)
-        with teacher if dense or teacher.learn else nullcontext():
-            logits = packed.logits(model, part.tokens)
-        chain, asked = losses(logits, part)
-        (chain + asked + settings.selection_kl * teacher.loss).backward()
+        if device.type == "cpu":
+            model.zero_grad()
+            objective(model, packed, part, dense, settings).backward()
+        else:
+            if dense not in captured:
+                captured[dense] = CapturedPass(model, packed, part, dense, settings)
+            captured[dense](part)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        model.zero_grad()
         if step + 1 == settings.steps or (step + 1) % max(settings.steps // 6, 1) == 0:
             found = evaluate(model, packed, held_out, settings, device)
             curve.append({"step": step + 1, "accuracy": found["accuracy"]})
@@ -411,6 +451,8 @@ def main() -> None:
     add("--dense-warmup", type=float, default=0.0, help="share of steps in which NSA selects all")
     add("overrides", nargs="*", help="of conf/, added to every variant and its name")
     options = parser.parse_args()
+    if any("=" in pattern for pattern in options.only):
+        sys.exit("error: --only takes names of variants; overrides come first, before all options")
     chosen = {n: o for n, o in variants().items() if any(fnmatch(n, p) for p in options.only)}
     if options.list:
         return print("\n".join(chosen))

@@ -85,3 +85,5 @@ def test_the_command(tmp_path):
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "lrr" in wrong.stderr
     wrong = run_script("scripts/retrieval_study.py", "--only", "fool")
     assert wrong.returncode == 1 and "--only matches no variant" in wrong.stderr
+    wrong = run_script("scripts/retrieval_study.py", "--only", "full", "optimizer.lr=1e-3")
+    assert wrong.returncode == 1 and "overrides come first" in wrong.stderr
