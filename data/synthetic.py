@@ -18,8 +18,7 @@ from data.shards import TokenShards
 from data.tokenizer import end_of_text_id, vocab_size
 
 SHORTEST = 512  # tokens of a document, which hold one statement and its question in any tokenizer
-TOKENS_PER_ITEM = 200  # of the document, for each statement: even when every byte is a token
-MOST_ITEMS = 64
+TOKENS_PER_ITEM = 48  # of the document, for each statement, at the densest
 
 PASSKEYS = (
     ("Keep this code in mind: {value}.", "The code to keep in mind was"),
@@ -61,8 +60,10 @@ def _number(rng: random.Random) -> str:
     return str(rng.randrange(10**3, 10 ** rng.randint(4, 9)))
 
 
-def _pairs(rng: random.Random, count: int) -> dict[str, str]:
-    """Different names with a number each."""
+def _pairs(rng: random.Random, most: int) -> dict[str, str]:
+    """Different names with a number each: 1 to `most`, one half of the documents evenly so that what
+    can be learnt from is dense, the other evenly by magnitude so that few in long text are not rare."""
+    count = rng.randint(1, most) if rng.random() < 0.5 else round(most ** rng.random())
     pairs: dict[str, str] = {}
     while len(pairs) < count:
         pairs[made_up_name(rng)] = _number(rng)
@@ -79,7 +80,7 @@ def passkey(rng: random.Random, _: int) -> tuple[list[str], str]:
 def needle(rng: random.Random, most: int) -> tuple[list[str], str]:
     """Facts in several wordings, of which some are asked for."""
     facts = []
-    for key, value in _pairs(rng, rng.randint(1, most)).items():
+    for key, value in _pairs(rng, most).items():
         statement, question = rng.choice(NEEDLES)
         question = f"{question.format(key=key)} {value}."
         facts.append((statement.format(key=key, value=value), question))
@@ -89,7 +90,7 @@ def needle(rng: random.Random, most: int) -> tuple[list[str], str]:
 
 def recall(rng: random.Random, most: int) -> tuple[list[str], str]:
     """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): every key is asked for."""
-    pairs = list(_pairs(rng, rng.randint(1, most)).items())
+    pairs = list(_pairs(rng, most).items())
     statements = [f"{key} -> {value};" for key, value in pairs]
     return statements, " ".join(
         f"{key} -> {value};" for key, value in rng.sample(pairs, len(pairs))
@@ -98,7 +99,7 @@ def recall(rng: random.Random, most: int) -> tuple[list[str], str]:
 
 def variables(rng: random.Random, most: int) -> tuple[list[str], str]:
     """Chains of assignments; the answer is every name that ends up with one chain's value."""
-    names = iter(_pairs(rng, rng.randint(1, most)).items())
+    names = iter(_pairs(rng, most).items())
     chains: list[tuple[str, list[str]]] = []
     statements = []
     for name, value in names:
@@ -173,9 +174,12 @@ class SyntheticLoader:
     def sample(self, number: int) -> list[np.ndarray]:
         """The documents of a sample, int64 each, end-of-text first; seq_len tokens in all.
 
-        Their lengths are spread evenly over the powers of two up to the whole sequence.
+        One half of the samples are one document; in the other, lengths are spread evenly over the
+        powers of two up to the whole sequence.
         """
         rng = random.Random(f"{self.seed}/{number}")
+        if rng.random() < 0.5:
+            return [self._document(rng, self.seq_len)]
         documents, left = [], self.seq_len
         while left:
             length = round(SHORTEST * (left / SHORTEST) ** rng.random())
@@ -190,10 +194,13 @@ class SyntheticLoader:
         start = rng.randrange(self.haystack.num_tokens)
         if task == "copy":
             return self._copy(rng, start, length)
-        statements, ending = SENTENCES[task](rng, min(MOST_ITEMS, length // TOKENS_PER_ITEM))
-        statements = [self._encode(" " + statement) for statement in statements]
-        ending = self._encode("\n\n" + ending)
-        room = length - 1 - sum(map(len, statements)) - len(ending)
+        most, room = length // TOKENS_PER_ITEM, 0
+        while room < length // 4:  # which stays text, also when every byte is a token
+            statements, ending = SENTENCES[task](rng, most)
+            statements = [self._encode(" " + statement) for statement in statements]
+            ending = self._encode("\n\n" + ending)
+            room = length - 1 - sum(map(len, statements)) - len(ending)
+            most = max(most // 2, 1)
         text = self._text(start, room)
         cuts = [self._sentence_end(text, rng.randint(0, room)) for _ in statements]
         parts, before = [np.array([self.eot_id])], 0

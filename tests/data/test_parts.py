@@ -3,12 +3,14 @@
 import os
 import random
 import signal
+import threading
 import time
 from contextlib import closing
 from itertools import islice
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 import data.parts
 from data.config import data_config
@@ -46,6 +48,8 @@ def prepare_in_a_child(corpus, root):
     pid = os.fork()
     if pid == 0:
         try:
+            # The one it would share with its brothers stays taken when one of them is killed.
+            tqdm.set_lock(threading.RLock())
             prepare(corpus, BPE, root)
             os._exit(0)
         except BaseException:
@@ -80,6 +84,7 @@ def test_killed_at_twenty_random_moments_it_loses_and_repeats_nothing(corpus, tm
             status = ended(pid, rng.uniform(0, duration if kills < 20 else 120))
             if status is not None:
                 break
+            assert kills < 20  # or it never ends
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             kills += 1
