@@ -39,7 +39,7 @@ NEEDLES = (
     ("Parcel {value} is addressed to {key}.", "The parcel addressed to {key} is"),
     ("{key} sat in seat {value}.", "The seat that {key} took was"),
     ("The clock in {key}'s hall stopped at {value}.", "In {key}'s hall the clock stopped at"),
-    ("{key}: {value}", "{key}:"),
+    ("{key}: {value}.", "{key}:"),
     ("They counted {value} steps to the door of {key}.", "To the door of {key}, the steps number"),
 )
 COPY = ("\n\nThe same once more, from the beginning:\n\n", "\n\n=== copy ===\n\n", "\n\nAgain:\n")
