@@ -1,7 +1,8 @@
-"""The attention benchmark's tables and figure, from what scripts/bench_attention.py measured."""
+"""Tables and figures of what scripts/bench_attention.py and scripts/benchmark_step.py measured."""
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 
@@ -151,4 +152,39 @@ def save_figure(results: dict, path: Path) -> None:
     panels[0].set_ylabel("forward + backward (ms)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def save_growth(variants: dict, path: Path) -> None:
+    """Training time of one sequence against its length, for variants named "<recipe> at <n>k" of which
+    there are several lengths; the numbers are how many times longer than at half the length."""
+    lines: dict[str, dict[int, float]] = {}
+    for name, result in variants.items():
+        if (found := re.fullmatch(r"(.+) at (\d+)k", name)) and "tokens_per_s" in result:
+            length = int(found[2]) << 10
+            lines.setdefault(found[1], {})[length] = length / result["tokens_per_s"]
+    lines = {recipe: dict(sorted(times.items())) for recipe, times in lines.items()}
+    lines = {recipe: times for recipe, times in lines.items() if len(times) > 1}
+    if not lines:
+        return
+    figure = Figure((5.2, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for recipe, times in lines.items():
+        (drawn,) = panel.plot(
+            *zip(*times.items(), strict=True), marker="o", markersize=4, label=recipe
+        )
+        for length, seconds in times.items():
+            if length // 2 in times:
+                panel.annotate(
+                    f"{seconds / times[length // 2]:.2f}", (length, seconds), (4, -11),
+                    textcoords="offset points", color=drawn.get_color(), fontsize=9,
+                )  # fmt: skip
+    ticks = sorted({length for times in lines.values() for length in times})
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xticks(ticks, [f"{n >> 10}k" for n in ticks])
+    panel.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.set(xlabel="tokens of a sequence", ylabel="training time of a sequence (s)")
+    panel.legend(frameon=False)
     figure.savefig(path, dpi=130)

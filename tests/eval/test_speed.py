@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.speed import save_figure, tables
+from eval.speed import save_figure, save_growth, tables
 from scripts.bench_attention import GEOMETRY, shared_part, synthetic_selection
 
 
@@ -48,3 +48,12 @@ def test_tables_and_figure(tmp_path):
     assert "| c 16/4/128 | 1 | 8,192 | 10.0 | 50.0 | 5.0 |" in text
     save_figure(results, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_growth_is_drawn_where_there_are_several_lengths(tmp_path):
+    variants = {f"nsa at {n}k": {"tokens_per_s": 1e5 / n**0.2} for n in (32, 64, 128)}
+    variants |= {"full at 64k": {"tokens_per_s": 3e4}, "nsa at 256k": {"error": "out of memory"}}
+    save_growth(variants, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 5000
+    save_growth({"full at 64k": {"tokens_per_s": 3e4}}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
