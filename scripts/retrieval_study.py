@@ -3,12 +3,13 @@
     python scripts/retrieval_study.py --only 'full*' 'gated_mean 8/4 G4*' --seeds 0 1 2 --workers 8
 
 The task is associative recall (MQAR, arXiv 2312.04927) in text that has something to learn by itself:
-a second-order Markov chain in which `pairs` key tokens, each followed by a value token, occur twice,
-at all distances. A variant is a list of overrides of conf/; each of its seeds gives one line of --out
-with settings, losses, accuracy by distance and, with NSA, how often the block of the first occurrence
-is selected. Several processes share one GPU. Runs that --out holds are not run again; none is begun
-that would not end within --seconds, by the longest so far, and the next call goes on with the rest. At
-the end comes the table of all runs.
+a second-order Markov chain in which `pairs` key tokens, each followed by its value, occur twice, at
+all distances. A value of several tokens can't be read off a compressed block alone. A variant is a
+list of overrides of conf/; each of its seeds gives one line of --out with settings, losses, accuracy
+by distance and, with NSA, how often the block of the first occurrence is selected. Several processes
+share one GPU. Runs that --out holds are not run again; none is begun that would not end within
+--seconds, by the longest so far, and the next call goes on with the rest. At the end comes the table
+of all runs.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ STATES, KEYS, VALUES = 32, 256, 256  # kinds of tokens, in this order
 SUCCESSORS = (0.55, 0.25, 0.12, 0.08)  # probabilities of the chain's next states
 QUERY_HEADS = 8
 LEGEND = """\
-accuracy    share of the values asked for that are the likeliest token; far: from half the length away
+accuracy    share of the values asked for whose tokens are all the likeliest; far: from half the length
+            away
 block       share of heads that select the first occurrence's block, in the layer where most do;
             chance: of as many blocks drawn at random; both from an eighth of the length away
 chain loss  nats per token of the text around the pairs
@@ -93,6 +95,7 @@ class Settings:
 
     length: int
     pairs: int
+    value_tokens: int
     batch: int
     steps: int
     warmup: int
@@ -101,10 +104,10 @@ class Settings:
     dense_warmup: float
 
     def __post_init__(self) -> None:
-        if not 1 <= self.pairs <= min(KEYS, self.length // 16):
+        most = min(KEYS, self.length // (8 * (1 + self.value_tokens)))
+        if not 1 <= self.pairs <= most:
             raise ValueError(
-                f"--pairs {self.pairs}: sequences of {self.length} tokens take 1 to "
-                f"{min(KEYS, self.length // 16)}."
+                f"--pairs {self.pairs}: sequences of {self.length} tokens take 1 to {most}."
             )
         if self.compile and (self.selection_kl or self.dense_warmup):
             raise ValueError("--selection-kl and --dense-warmup do not work with --compile.")
@@ -127,23 +130,32 @@ class Sequences(NamedTuple):
 
 
 def make_sequences(count: int, settings: Settings, rng: np.random.Generator) -> Sequences:
-    """Distances are drawn, half of them log-uniformly, half uniformly, from 2 tokens to the second
-    key's place."""
-    length, shape = settings.length, (count, settings.pairs)
+    """Distances are drawn, half of them log-uniformly, half uniformly, from a pair's tokens to the
+    second key's place."""
+    length, width = settings.length, 1 + settings.value_tokens  # of a pair
+    shape = count, settings.pairs
     tokens = _chain(count, length, rng)
     keys = STATES + rng.random((count, KEYS)).argsort(1)[:, : settings.pairs]
-    values = STATES + KEYS + rng.integers(VALUES, size=shape)
-    second = rng.integers(2, length - 1, size=shape)
+    values = STATES + KEYS + rng.integers(VALUES, size=(*shape, settings.value_tokens))
+    second = rng.integers(width, length - width + 1, size=shape)
     share = rng.random(shape)
-    near, far = 2 * (second / 2) ** share, 2 + share * (second - 2)
+    near, far = width * (second / width) ** share, width + share * (second - width)
     first = second - np.where(rng.random(shape) < 0.5, near, far).astype(np.int64)
     plain = np.ones_like(tokens, dtype=bool)
     plain[:, :2] = False
     rows = np.arange(count)[:, None]
+    pairs = [keys, *np.moveaxis(values, 2, 0)]
     for place in (first, second):
-        tokens[rows, place], tokens[rows, place + 1] = keys, values
-    pairs = ((first, keys), (first + 1, values), (second, keys), (second + 1, values))
-    whole = np.all([tokens[rows, place] == written for place, written in pairs], 0)
+        for i, part in enumerate(pairs):
+            tokens[rows, place + i] = part
+    whole = np.all(
+        [
+            tokens[rows, place + i] == part
+            for place in (first, second)
+            for i, part in enumerate(pairs)
+        ],
+        0,
+    )
     other = tokens >= STATES
     plain &= ~other
     plain[:, 1:] &= ~other[:, :-1]
@@ -193,7 +205,13 @@ class Packed:
         return model(*inputs).float().view(*tokens.shape, -1)
 
 
-def losses(logits: Tensor, part: Sequences) -> tuple[Tensor, Tensor]:
+def asking(x: Tensor, part: Sequences, settings: Settings) -> Tensor:
+    """x [batch, T] where the tokens of the values asked for are to be predicted: [batch, pairs, tokens]"""
+    places = part.second[..., None] + torch.arange(settings.value_tokens, device=x.device)
+    return x.gather(1, places.flatten(1)).view(places.shape)
+
+
+def losses(logits: Tensor, part: Sequences, settings: Settings) -> tuple[Tensor, Tensor]:
     """Mean nats of the chain's tokens and of the values asked for."""
     nats = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), part.tokens[:, 1:].flatten(), reduction="none"
@@ -201,14 +219,15 @@ def losses(logits: Tensor, part: Sequences) -> tuple[Tensor, Tensor]:
     nats = nats.view(len(part.tokens), -1)
     plain, asked = part.plain[:, 1:], part.whole
     chain = (nats * plain).sum() / plain.sum()
-    return chain, (nats.gather(1, part.second) * asked).sum() / asked.sum()
+    recall = asking(nats, part, settings).mean(-1)
+    return chain, (recall * asked).sum() / asked.sum()
 
 
 def objective(model, packed: Packed, part: Sequences, dense: bool, settings: Settings) -> Tensor:
     """What is minimised; `dense`: the selected branch sees all tokens."""
     teacher = ImportanceTeacher(dense, learn=settings.selection_kl > 0)
     with teacher if dense or teacher.learn else nullcontext():
-        chain, asked = losses(packed.logits(model, part.tokens), part)
+        chain, asked = losses(packed.logits(model, part.tokens), part, settings)
     return chain + asked + settings.selection_kl * teacher.loss
 
 
@@ -311,10 +330,10 @@ def evaluate(model, packed: Packed, held_out: Sequences, settings: Settings, dev
         queries, values = (x[part.whole] for x in (row + part.second, row + part.first + 1))
         with BlockRecall(queries, values) as probe:
             logits = packed.logits(model, part.tokens)
-        for total, loss in zip((chain, asked), losses(logits, part), strict=True):
+        for total, loss in zip((chain, asked), losses(logits, part, settings), strict=True):
             total.append(float(loss))
-        best = logits.argmax(-1).flatten()
-        right.append((best[queries] == part.tokens.flatten()[queries + 1]).cpu())
+        hit = logits[:, :-1].argmax(-1) == part.tokens[:, 1:]
+        right.append(asking(hit, part, settings).all(-1)[part.whole].cpu())
         distances.append((part.second - part.first)[part.whole].cpu())
         if probe.found:
             shares.append(torch.stack([*probe.shares().values()]).cpu())
@@ -443,6 +462,7 @@ def main() -> None:
     add("--seconds", type=float, default=math.inf, help="none is begun that would end later")
     add("--length", type=int, default=2048, help="tokens of a sequence")
     add("--pairs", type=int, default=48, help="keys asked for in a sequence")
+    add("--value-tokens", type=int, default=1, help="of a key's value")
     add("--batch", type=int, default=8, help="sequences of a step")
     add("--steps", type=int, default=1200, help="of a run")
     add("--warmup", type=int, default=100, help="steps in which the learning rate rises")

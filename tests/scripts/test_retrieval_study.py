@@ -1,5 +1,6 @@
 """The study's task is what it says, and a study of two runs goes on where it was stopped."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,30 +11,37 @@ from scripts.retrieval_study import KEYS, STATES, Settings, losses, make_sequenc
 from tests.eval.conftest import run_script
 
 SETTINGS = Settings(
-    length=256, pairs=8, batch=2, steps=3, warmup=1, compile=False, selection_kl=0, dense_warmup=0
-)
+    length=256, pairs=8, value_tokens=1, batch=2, steps=3, warmup=1, compile=False, selection_kl=0,
+    dense_warmup=0,
+)  # fmt: skip
+LONG_VALUES = dataclasses.replace(SETTINGS, value_tokens=3)
 
 
-def test_keys_come_twice_with_their_values_at_all_distances():
-    made = make_sequences(64, SETTINGS, np.random.default_rng(0))
-    assert 0.7 < made.whole.double().mean() < 1  # a few are written over
+@pytest.mark.parametrize("settings", [SETTINGS, LONG_VALUES], ids=["1", "3"])
+def test_keys_come_twice_with_their_values_at_all_distances(settings):
+    width = 1 + settings.value_tokens
+    made = make_sequences(64, settings, np.random.default_rng(0))
+    assert 0.5 < made.whole.double().mean() < 1  # some are written over
     for tokens, first, second, whole in zip(*made[:4], strict=True):
         for a, b in zip(first[whole].tolist(), second[whole].tolist(), strict=True):
-            assert tokens[a] == tokens[b] and tokens[a + 1] == tokens[b + 1] >= STATES + KEYS
-            assert (tokens == tokens[b]).sum() == 2 and b - a >= 2
+            assert torch.equal(tokens[a : a + width], tokens[b : b + width])
+            assert tokens[a + 1 : a + width].min() >= STATES + KEYS
+            assert (tokens == tokens[b]).sum() == 2 and b - a >= width
     distance = (made.second - made.first)[made.whole]
-    assert min(distance) < 4 and (distance >= 128).sum() > 10
-    again, other = (make_sequences(64, SETTINGS, np.random.default_rng(s)) for s in (0, 1))
+    assert min(distance) < width + 2 and (distance >= 128).sum() > 10
+    again, other = (make_sequences(64, settings, np.random.default_rng(s)) for s in (0, 1))
     assert torch.equal(again.tokens, made.tokens) and not torch.equal(other.tokens, made.tokens)
 
 
-def test_the_losses_are_of_what_can_be_known():
-    made = make_sequences(64, SETTINGS, np.random.default_rng(0))
+@pytest.mark.parametrize("settings", [SETTINGS, LONG_VALUES], ids=["1", "3"])
+def test_the_losses_are_of_what_can_be_known(settings):
+    made = make_sequences(64, settings, np.random.default_rng(0))
     logits = torch.zeros(*made.tokens.shape, STATES + 2 * KEYS)
     logits[:, :-1].scatter_(2, made.tokens[:, 1:, None], 50.0)  # knows the next token
-    assert all(float(loss) < 1e-6 for loss in losses(logits, made))
-    logits[torch.arange(64)[:, None], made.second] = 0
-    chain, asked = losses(logits, made)
+    assert all(float(loss) < 1e-6 for loss in losses(logits, made, settings))
+    for i in range(settings.value_tokens):
+        logits[torch.arange(64)[:, None], made.second + i] = 0
+    chain, asked = losses(logits, made, settings)
     assert float(chain) < 1e-6 and float(asked) == pytest.approx(np.log(STATES + 2 * KEYS))
     states = made.tokens * made.plain
     assert states.max() < STATES and made.plain.double().mean() > 0.5
