@@ -154,7 +154,7 @@ def check_weights(weights: Mapping[str, float], names: list[str]) -> None:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Exactly one of the three is set; revision goes with hub."""
+    """path, or hub with its revision, names one that exists, and vocab_size then does not count."""
 
     vocab_size: int | None = None
     path: str | None = None
@@ -162,11 +162,14 @@ class TokenizerConfig:
     revision: str | None = None
 
     def __post_init__(self):
-        if (self.vocab_size, self.path, self.hub).count(None) != 2:
+        named = (self.path, self.hub).count(None)
+        if named == 0 or (named == 2 and self.vocab_size is None):
             raise ValueError(
                 "tokenizer: set exactly one of vocab_size (train one on the data), path (load a "
                 "tokenizer.json) and hub (one by name)"
             )
+        if named == 1:  # a recipe may bring the size of one that it would train
+            object.__setattr__(self, "vocab_size", None)
 
 
 def from_config(cls: type[Config], mapping: Mapping, where: str) -> Config:

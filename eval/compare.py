@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BUDGET = "budget.json"  # in the folder of a run that was given a time, by scripts/compare.py
 SLACK = 0.05  # of that time, until a page says that it was not kept
+UNEQUAL = 1.02  # times the parameters of the smallest model, until a page says so
 Points = list[tuple[float, float]]
 LOSS_NOTE = "Losses in nats per token; minutes are of training, each step at the median pace."
 SEEDS_NOTE = (
@@ -36,7 +37,8 @@ def comparison(runs: Sequence[Run], views: Mapping[str, Sequence[Run]]) -> str:
     if views and (budgets := budget_rows(runs)):
         notes = "".join(f"<p>{escape(note)}</p>" for note in budget_notes(runs))
         losses += f"<h2>Time budgets</h2>{notes}<figure>{table(budgets)}</figure>"
-    overview = f"<h2>Overview</h2><figure>{table(overview_rows(runs))}</figure>"
+    note = f"<p>{escape(said)}</p>" if views and (said := size_note(runs)) else ""
+    overview = f"<h2>Overview</h2>{note}<figure>{table(overview_rows(runs))}</figure>"
     return (
         f"<header><h1>Comparison</h1><p>{escape(names)}</p></header>"
         f"{losses}{overview}{_curves(runs, lines_note(views))}{_needles(runs)}{long_context(runs)}"
@@ -204,6 +206,19 @@ def overview_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
             _show(memory, "{:.1f}".format),
         ))  # fmt: skip
     return rows
+
+
+def size_note(runs: Sequence[Run]) -> str:
+    """A sentence where models that are compared are not of one size, else nothing."""
+    sizes = {run.name: run.num_parameters for run in runs if run.num_parameters}
+    if not sizes or max(sizes.values()) <= UNEQUAL * min(sizes.values()):
+        return ""
+    least, most = min(sizes, key=sizes.get), max(sizes, key=sizes.get)
+    return (
+        f"These models are not of one size: {least} has {sizes[least]:,} parameters, {most} "
+        f"{sizes[most]:,}. An override of all recipes leaves what a recipe sets itself, such as "
+        "model.ffn_dim, as it is."
+    )
 
 
 def _median(run: Run, key: str) -> float | None:

@@ -20,6 +20,7 @@ from eval.compare import (
     overview_rows,
     ruler_rows,
     seed_rows,
+    size_note,
 )
 from eval.heatmap import save_heatmaps
 from eval.report import Run, load_views
@@ -48,7 +49,11 @@ def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: st
     parts += filter(None, [lines_note(groups)])
     if rows := budget_rows(runs):
         parts += ["## Time budgets", *budget_notes(runs), markdown(rows)]
-    parts += ["## Speed and memory", markdown(overview_rows(runs))]
+    parts += [
+        "## Speed and memory",
+        *filter(None, [size_note(runs)]),
+        markdown(overview_rows(runs)),
+    ]
     for title, group in groups.items():
         having = {run.name: run.needle for run in group if run.needle}
         if having:

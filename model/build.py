@@ -48,8 +48,9 @@ def _arguments(group: Mapping, where: str, given: tuple[str, ...] = ("dim",)) ->
     for key in arguments:
         if key not in known:
             close = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {where}.{close[0]}?" if close else f"known: {', '.join(known)}."
-            raise ValueError(f"{where}.{key} is not a key that anything reads; {hint}")
+            others = f"known: {', '.join(known)}." if known else "there are none."
+            hint = f"did you mean {where}.{close[0]}?" if close else others
+            raise ValueError(f"{where}.{key} is not a key of {group['_target_']}; {hint}")
     missing = [p.name for p in named if p.default is p.empty and p.name not in arguments]
     if missing:
         raise ValueError(f"{where}.{missing[0]} is missing; {group['_target_']} needs it.")

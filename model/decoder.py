@@ -106,6 +106,13 @@ class Decoder(nn.Module):
         z_loss: float = 0.0,
     ):
         super().__init__()
+        sizes = dict(
+            dim=dim, num_layers=num_layers, num_heads=num_heads, num_kv_heads=num_kv_heads,
+            ffn_dim=ffn_dim, head_dim=head_dim,
+        )  # fmt: skip
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"model.{name}={size}; it must be at least 1.")
         if head_dim is None:
             if dim % num_heads:
                 raise ValueError(

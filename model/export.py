@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
+from tokenizers.processors import Sequence, TemplateProcessing
 from torch import Tensor
 
 from model.build import build_decoder, with_defaults
@@ -65,7 +66,7 @@ def export(checkpoint: Checkpoint, folder: Path) -> str:
     _write(folder / "config.json", config)
     end = {key: config[key] for key in ("bos_token_id", "eos_token_id", "use_cache")}
     _write(folder / "generation_config.json", end)
-    checkpoint.tokenizer.save(str(folder / TOKENIZER))
+    _with_document_start(checkpoint.tokenizer).save(str(folder / TOKENIZER))
     _write(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
@@ -74,6 +75,16 @@ def export(checkpoint: Checkpoint, folder: Path) -> str:
         "clean_up_tokenization_spaces": False,
     })  # fmt: skip
     return config["architectures"][0]
+
+
+def _with_document_start(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy that puts end-of-text first, where every document has it in training and generation."""
+    tokenizer, end = Tokenizer.from_str(tokenizer.to_str()), tokenizer.token_to_id(END_OF_TEXT)
+    if tokenizer.encode("").ids != [end]:
+        first = TemplateProcessing(single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, end)])
+        own = tokenizer.post_processor
+        tokenizer.post_processor = Sequence([own, first]) if own else first
+    return tokenizer
 
 
 def hf_config(checkpoint: Checkpoint) -> dict:

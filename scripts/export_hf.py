@@ -42,7 +42,8 @@ def main(config: DictConfig) -> None:
         sys.exit(f"error: {error}")
     remote = ", trust_remote_code=True" if name.startswith("NsaLm") else ""
     print(f"exported    {folder}, {name}")
-    print(f"open it     AutoModelForCausalLM.from_pretrained('{folder}'{remote})")
+    for opens in ("AutoModelForCausalLM", "AutoTokenizer"):
+        print(f"open it     {opens}.from_pretrained('{folder}'{remote})")
 
 
 if __name__ == "__main__":

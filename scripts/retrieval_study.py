@@ -104,6 +104,9 @@ class Settings:
     dense_warmup: float
 
     def __post_init__(self) -> None:
+        for name in ("value_tokens", "batch", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1.")
         most = min(KEYS, self.length // (8 * (1 + self.value_tokens)))
         if not 1 <= self.pairs <= most:
             raise ValueError(
@@ -480,6 +483,8 @@ def main() -> None:
         sys.exit("error: --only matches no variant; --list names them")
     try:
         settings = Settings(*(getattr(options, f) for f in Settings.__dataclass_fields__))
+        if options.workers < 1:
+            raise ValueError(f"--workers {options.workers}: at least 1.")
     except ValueError as error:
         sys.exit(f"error: {error}")
     out = Path(options.out)

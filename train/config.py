@@ -46,7 +46,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "validate_every", "checkpoint_every", "keep_checkpoints", "keep_every", "max_skipped",
+            "seq_len", "batch_tokens", "micro_batch_tokens", "max_tokens", "validate_every",
+            "checkpoint_every", "keep_checkpoints", "keep_every", "max_skipped",
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}; it must be at least 1.")
@@ -60,6 +61,10 @@ class StageConfig:
     seq_len: int
     rope_base: float | None = None  # None: as before
     weights: dict | None = None  # shares of the sources' tokens; None: the data config's
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1:
+            raise ValueError(f"train.stages: seq_len={self.seq_len}; it must be at least 1.")
 
 
 class LengthStage(NamedTuple):
@@ -99,6 +104,8 @@ class LogConfig:
     profile: list[int] | None
 
     def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"log.every={self.every}; it must be at least 1 step.")
         if self.profile is not None and not (
             len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]
         ):
@@ -173,7 +180,7 @@ class RunConfig:
             raise ValueError(
                 f"train.batch_tokens={self.train.batch_tokens} is not a multiple of "
                 f"train.micro_batch_tokens x ranks = {self.train.micro_batch_tokens} x "
-                f"{ranks} = {per_pass}."
+                f"{ranks} = {per_pass}; train.batch_tokens={per_pass} would do."
             )
         return self.train.batch_tokens // per_pass
 
@@ -233,9 +240,10 @@ def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
         stages.append(LengthStage(steps, stage.seq_len, base, stage.weights))
     for stage in stages:
         if train.micro_batch_tokens % stage.seq_len:
+            whole = max(train.micro_batch_tokens // stage.seq_len, 1) * stage.seq_len
             raise ValueError(
                 f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of "
-                f"seq_len={stage.seq_len}."
+                f"seq_len={stage.seq_len}; {whole} would do."
             )
     return tuple(stages)
 

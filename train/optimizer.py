@@ -32,6 +32,10 @@ class OptimizerConfig:
     eps: float
     momentum: float | None = None  # Muon's
 
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"optimizer.lr={self.lr}; it must be greater than 0.")
+
 
 def kind_of(name: str, parameter: Tensor) -> str:
     """matrices, head, embeddings, gates (what steers the branches of NSA: branch gates, scores and

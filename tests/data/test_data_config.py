@@ -91,9 +91,11 @@ def test_validation_is_said_in_one_way(validation, message):
 
 
 def test_tokenizer_is_said_in_one_way():
-    for raw in ({}, {"vocab_size": 300, "path": "a"}):
+    for raw in ({}, {"path": "a", "hub": "b"}):
         with pytest.raises(ValueError, match="set exactly one of vocab_size"):
             from_config(TokenizerConfig, raw, "tokenizer")
+    named = from_config(TokenizerConfig, {"vocab_size": 300, "path": "a"}, "tokenizer")
+    assert named.vocab_size is None and named.path == "a"  # a recipe's size, another's tokenizer
 
 
 @pytest.mark.parametrize(

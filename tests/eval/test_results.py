@@ -2,8 +2,9 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
-from eval.compare import clock
+from eval.compare import clock, size_note
 from eval.heatmap import save_heatmaps
 from eval.report import write_comparison
 from eval.results import write_results
@@ -56,3 +57,10 @@ def test_the_clock_counts_a_step_that_compiles_like_any_other():
         for i, speed in enumerate(speeds)
     ]
     assert clock(steps) == [1, 2, 3, 4, 4.5, 5, 5.5]
+
+
+def test_models_of_unequal_size_are_said():
+    a, b, c = (SimpleNamespace(name=n, num_parameters=p) for n, p in zip("abc", (100, 101, None)))
+    assert not size_note([a, b, c]) and not size_note([c])
+    b.num_parameters = 130
+    assert "a has 100 parameters, b 130" in size_note([a, b, c])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from data.tokenizer import train_tokenizer
 from model.build import build_decoder
@@ -93,8 +94,13 @@ def test_the_remote_model_generates_pads_and_trains(tokenizer, tmp_path):
         tmp_path / "hf", trust_remote_code=True
     )
     encode = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
-    assert encode("It went.").input_ids == tokenizer.encode("It went.").ids
-    assert encode.eos_token_id == tokenizer.token_to_id("<|endoftext|>")
+    end = tokenizer.token_to_id("<|endoftext|>")  # first, as in training and generation; once
+    assert encode("It went.").input_ids == [end, *tokenizer.encode("It went.").ids]
+    assert encode.eos_token_id == end
+    import_hf(tmp_path / "hf", tmp_path / "back" / "step_1")
+    export(load_checkpoint(tmp_path / "back" / "step_1"), tmp_path / "again")
+    again = Tokenizer.from_file(str(tmp_path / "again" / "tokenizer.json"))
+    assert again.encode("It went.").ids == encode("It went.").input_ids
     prompts = [tokenizer.encode(TEXT).ids[a:b] for a, b in ((0, 40), (50, 61))]
     expected = generate(checkpoint.model, prompts, 6, stop_tokens=[0])
     pad = [[0] * (40 - len(p)) + p for p in prompts]

@@ -87,7 +87,7 @@ def test_the_command(tmp_path):
     first = run_script("scripts/retrieval_study.py", *more)
     assert first.returncode == 0 and "2 of 3 runs were not begun" in first.stdout
     assert len(out.read_text().splitlines()) == 3
-    fails = run_script("scripts/retrieval_study.py", *more, "optimizer.lr=-1")
+    fails = run_script("scripts/retrieval_study.py", *more, "optimizer.betas=[2,0.9]")
     assert fails.returncode == 1 and "1 of 3 runs failed" in fails.stderr, fails.stderr
     wrong = run_script("scripts/retrieval_study.py", *more, "optimizer.lrr=1")
     assert wrong.returncode == 1 and wrong.stderr.count("\n") == 1 and "lrr" in wrong.stderr
