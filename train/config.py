@@ -257,7 +257,7 @@ def _device(raw: dict) -> torch.device:
             f"The run '{raw['name']}' needs a CUDA GPU and torch sees none on this machine. "
             "For a first look on a CPU: python train/pretrain.py +experiment=quickstart. To try "
             "this recipe here, add: device=cpu data=austen model=tiny train.max_steps=2 "
-            "train.batch_tokens=65536"
+            "train.batch_tokens=65536 train.compile=false"
         )
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

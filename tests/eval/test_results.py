@@ -60,7 +60,8 @@ def test_the_clock_counts_a_step_that_compiles_like_any_other():
 
 
 def test_models_of_unequal_size_are_said():
-    a, b, c = (SimpleNamespace(name=n, num_parameters=p) for n, p in zip("abc", (100, 101, None)))
+    sizes = dict(a=100, b=101, c=None)
+    a, b, c = (SimpleNamespace(name=n, num_parameters=p) for n, p in sizes.items())
     assert not size_note([a, b, c]) and not size_note([c])
     b.num_parameters = 130
     assert "a has 100 parameters, b 130" in size_note([a, b, c])
