@@ -138,8 +138,11 @@ def import_hf(source: Path, folder: Path) -> Path:
     """Write the model of a transformers folder (config.json, *.safetensors, tokenizer.json) as one of
     our checkpoints: full-attention Llama, Qwen3, Mistral, or what `export` wrote.
 
-    Raises FileNotFoundError or ValueError with one sentence if it is none of these.
+    Raises FileNotFoundError or ValueError with one sentence if it is none of these, or if the folder
+    holds something.
     """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} exists; choose another folder for the checkpoint.")
     for name in ("config.json", TOKENIZER):
         if not (source / name).is_file():
             raise FileNotFoundError(f"{source} has no {name}; it is not a model of transformers.")

@@ -151,6 +151,10 @@ def test_the_scripts(tokenizer, tmp_path):
     done = run_script("scripts/import_hf.py", f"hf_path={hf}", f"checkpoint={back}")
     assert done.returncode == 0 and "parameters" in done.stdout, done.stderr
     assert yaml.safe_load((back / "config.yaml").read_text())["train"]["seq_len"] == 512
-    done = run_script("scripts/import_hf.py", f"hf_path={back}", f"checkpoint={hf}")
-    assert done.returncode == 1 and "has no config.json" in done.stderr
-    assert done.stderr.count("\n") == 1
+    for source, target, message in (
+        (back, tmp_path / "new", "has no config.json"),
+        (hf, back, "exists; choose another folder"),
+    ):
+        done = run_script("scripts/import_hf.py", f"hf_path={source}", f"checkpoint={target}")
+        assert done.returncode == 1 and message in done.stderr
+        assert done.stderr.count("\n") == 1
