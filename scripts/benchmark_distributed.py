@@ -247,12 +247,15 @@ def main() -> None:
             )
     split = f"parallel.sequence={ranks}"
     for attention in ("nsa", "full"):
-        for times in (1, 2):
-            how = [*recipe(times * long, attention), split]
-            bench.part(
-                f"{ranks} ranks share {times * long:,} tokens, {attention}",
-                lambda a=attention, t=times, h=how: bench.beside(alone[a], f"u{a}{t}", ranks, *h),
-            )
+        bench.part(
+            f"{ranks} ranks share {long:,} tokens, {attention}",
+            lambda a=attention: bench.beside(alone[a], f"u{a}", ranks, *recipe(long, a), split),
+        )
+    for attention in ("nsa", "full"):
+        bench.part(
+            f"{ranks} ranks share {2 * long:,} tokens, {attention}",
+            lambda a=attention: bench.run(f"u{a}2", ranks, *recipe(2 * long, a), split),
+        )
 
     # What is not timed runs side by side, with small steps.
     small = [*recipe(short, "full"), f"train.micro_batch_tokens={short}"]
