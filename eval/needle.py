@@ -39,7 +39,7 @@ from eval.entry import open_checkpoint
 from eval.haystack import Haystack
 from eval.heatmap import save_heatmap
 from eval.lm import BATCH_TOKENS, DecoderLM, LanguageModel
-from eval.needle_samples import NeedleSettings, Sample, make_sample
+from eval.needle_samples import NeedleSettings, Sample, check_lengths, make_sample
 from eval.publish import publish
 from eval.records import Records, run_folder, weights_digest
 from model.checkpoint import Checkpoint
@@ -138,10 +138,11 @@ def run_needle(
     Samples that the JSON holds already are not measured again if weights, text and settings are the
     same; more tasks, lengths, depths or samples extend it. folder defaults to eval/needle in the
     run's folder. Returns what the JSON holds. Raises ValueError or FileNotFoundError with one
-    sentence.
+    sentence, for what can be known beforehand before anything is written.
     """
     tokenizer, longest = checkpoint.tokenizer, max(settings.lengths)
     haystack = Haystack.find(checkpoint, settings.haystack, longest)
+    check_lengths(haystack, tokenizer, settings)
     if haystack.size < longest:
         say(f"The haystack has {haystack.size:,} tokens and is repeated to fill {longest:,}.")
     grid = ("tasks", "lengths", "depths", "samples", "during")

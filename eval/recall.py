@@ -143,12 +143,13 @@ def run_recall(checkpoint: Checkpoint, settings: RecallSettings) -> dict:
     del identity["samples"]
     records = Records(stem.with_suffix(".json"), ("index",), identity)
     rows = measure(DecoderLM(checkpoint.model, {end}), settings, vocabulary, end, records)
+    head = {"step": checkpoint.step, "settings": asdict(settings)}
+    results = records.write(head | {"by_distance": rows})
     with open(stem.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    head = {"step": checkpoint.step, "settings": asdict(settings)}
-    return records.write(head | {"by_distance": rows})
+    return results
 
 
 def table(results: dict) -> str:
