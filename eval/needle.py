@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 from data.config import ROOT, command_line, from_config
 from data.tokenizer import end_of_text_id
 from eval.accuracy import SCORES, best_layer, show, summarize
-from eval.entry import open_checkpoint
+from eval.entry import open_checkpoint, stoppable
 from eval.haystack import Haystack
 from eval.heatmap import save_heatmap
 from eval.lm import BATCH_TOKENS, DecoderLM, LanguageModel
@@ -240,4 +240,5 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = command_line(sys.argv[1:])
-    main()
+    with stoppable("the same command goes on from here"):
+        main()

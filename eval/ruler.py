@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from data.config import command_line, from_config, resolve_path
 from data.tokenizer import end_of_text_id
 from eval.accuracy import summarize
-from eval.entry import open_checkpoint
+from eval.entry import open_checkpoint, stoppable
 from eval.haystack import Haystack
 from eval.lm import BATCH_TOKENS, DecoderLM, LanguageModel
 from eval.publish import publish
@@ -191,4 +191,5 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = command_line(sys.argv[1:])
-    main()
+    with stoppable("the same command goes on from here"):
+        main()
