@@ -129,6 +129,14 @@ def measure(
 # The grid, on files
 
 
+def open_haystack(checkpoint: Checkpoint, settings: NeedleSettings) -> Haystack:
+    """The text of the grid. Raises ValueError or FileNotFoundError, with one sentence, if there is
+    none or a length has no room in it for needles and question."""
+    haystack = Haystack.find(checkpoint, settings.haystack, max(settings.lengths))
+    check_lengths(haystack, checkpoint.tokenizer, settings)
+    return haystack
+
+
 def run_needle(
     checkpoint: Checkpoint, settings: NeedleSettings, folder: Path | None = None,
     say: Callable[[str], None] = print,
@@ -141,8 +149,7 @@ def run_needle(
     sentence, for what can be known beforehand before anything is written.
     """
     tokenizer, longest = checkpoint.tokenizer, max(settings.lengths)
-    haystack = Haystack.find(checkpoint, settings.haystack, longest)
-    check_lengths(haystack, tokenizer, settings)
+    haystack = open_haystack(checkpoint, settings)
     if haystack.size < longest:
         say(f"The haystack has {haystack.size:,} tokens and is repeated to fill {longest:,}.")
     grid = ("tasks", "lengths", "depths", "samples", "during")

@@ -57,8 +57,9 @@ class DuringTraining:
     samples: int | None
 
     def __post_init__(self) -> None:
-        if self.every_tokens is not None and self.every_tokens < 1:
-            raise ValueError(f"eval.during.every_tokens={self.every_tokens}; at least 1, or null.")
+        for name in ("every_tokens", "depths", "samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"eval.during.{name}={getattr(self, name)}; at least 1, or null.")
 
     def due(self, before: int, now: int) -> bool:
         """Whether a multiple of every_tokens was passed between two counts of tokens."""

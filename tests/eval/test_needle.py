@@ -385,6 +385,8 @@ def test_without_held_out_text_it_says_so(checkpoint, settings):
 def test_settings_are_checked(settings, change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(settings, **change)
+    with pytest.raises(ValueError, match="eval.during.samples=0; at least 1, or null"):
+        dataclasses.replace(settings.during, samples=0)
 
 
 def test_the_script(checkpoint, tmp_path):
