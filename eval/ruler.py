@@ -109,7 +109,8 @@ def run_ruler(
     """Measure a checkpoint and write eval/ruler/<checkpoint name>.json and .csv in the run's folder.
 
     Samples that the JSON holds already are not measured again if weights, text and settings are the
-    same. Returns what the JSON holds. Raises ValueError or FileNotFoundError with one sentence.
+    same. Returns what the JSON holds. Raises ValueError or FileNotFoundError with one sentence, for
+    what can be known beforehand before anything is written.
     """
     tokenizer = checkpoint.tokenizer
     haystack = Haystack.find(checkpoint, settings.haystack, longest=1)
@@ -121,6 +122,7 @@ def run_ruler(
     }
     qa = {task: read_questions(path) for task, path in files.items()}
     generator = Generator(token_counter(tokenizer), Sources(essay, qa), settings.seed)
+    generator.check(settings.chosen, settings.lengths, settings.samples)
     identity = {
         "version": VERSION,
         "weights": weights_digest(checkpoint),
