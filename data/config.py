@@ -23,6 +23,8 @@ NAMES = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
+    list: "a list",
+    dict: "a group of keys",
 }
 
 
@@ -234,12 +236,17 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         if isinstance(plain, type) and isinstance(value, plain):
             if isinstance(value, bool) <= (plain is bool):  # True is an int to Python, not to us
                 return value
-    choices = [choice for option in options for choice in get_args(option) or (option,)]
+    choices = []
+    for option in options:
+        choices += get_args(option) if get_origin(option) is Literal else [option]
     given = "null" if value is None else repr(value)
-    raise ValueError(f"{where}: {given} isn't {' or '.join(map(_spell, choices))}")
+    listed = isinstance(value, str | int | float) and any(get_origin(o) is list for o in options)
+    hint = f"; a list is written [{value}]" if listed else ""
+    raise ValueError(f"{where}: {given} isn't {' or '.join(map(_spell, choices))}{hint}")
 
 
 def _spell(choice: Any) -> str:
+    choice = get_origin(choice) or choice
     if isinstance(choice, type):
         return NAMES.get(choice, choice.__name__)
     return repr(choice)

@@ -1,7 +1,11 @@
-"""What all evaluation scripts begin with."""
+"""What all evaluation scripts begin with, and how Ctrl-C ends them."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,3 +29,13 @@ def open_checkpoint(config: DictConfig) -> tuple[Checkpoint, dict[str, Any]]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return load_checkpoint(resolve_path(path), device), rest
+
+
+@contextlib.contextmanager
+def stoppable(how: str) -> Iterator[None]:
+    """Ctrl-C ends the script in one line, "stopped" and how it goes on, with a shell's status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; {how}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

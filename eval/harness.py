@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 
 from data.config import command_line, from_config, resolve_path
 from data.tokenizer import end_of_text_id
-from eval.entry import open_checkpoint
+from eval.entry import open_checkpoint, stoppable
 from eval.lm import DecoderLM
 from eval.publish import publish
 from eval.records import run_folder
@@ -107,4 +107,5 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = command_line(sys.argv[1:])
-    main()
+    with stoppable("the same command begins again"):
+        main()

@@ -9,10 +9,20 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from eval.needle import metrics, run_needle
+from eval.needle import metrics, open_haystack, run_needle
 from eval.needle_samples import NeedleSettings
 from model.build import build_decoder
 from model.checkpoint import Checkpoint
+
+
+def check_needle_in_training(
+    config: dict, tokenizer: Tokenizer, settings: NeedleSettings, folder: Path
+) -> None:
+    """Raises ValueError or FileNotFoundError, in one sentence, for what needle_in_training would
+    refuse; config holds data_path, as a checkpoint's does."""
+    if settings.during.every_tokens:
+        untrained = Checkpoint(None, tokenizer, config, 0, folder)  # its model is not asked for
+        open_haystack(untrained, settings.in_training)
 
 
 def needle_in_training(

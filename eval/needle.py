@@ -35,11 +35,11 @@ from tokenizers import Tokenizer
 from data.config import ROOT, command_line, from_config
 from data.tokenizer import end_of_text_id
 from eval.accuracy import SCORES, best_layer, show, summarize
-from eval.entry import open_checkpoint
+from eval.entry import open_checkpoint, stoppable
 from eval.haystack import Haystack
 from eval.heatmap import save_heatmap
 from eval.lm import BATCH_TOKENS, DecoderLM, LanguageModel
-from eval.needle_samples import NeedleSettings, Sample, make_sample
+from eval.needle_samples import NeedleSettings, Sample, check_lengths, make_sample
 from eval.publish import publish
 from eval.records import Records, run_folder, weights_digest
 from model.checkpoint import Checkpoint
@@ -129,6 +129,14 @@ def measure(
 # The grid, on files
 
 
+def open_haystack(checkpoint: Checkpoint, settings: NeedleSettings) -> Haystack:
+    """The text of the grid. Raises ValueError or FileNotFoundError, with one sentence, if there is
+    none or a length has no room in it for needles and question."""
+    haystack = Haystack.find(checkpoint, settings.haystack, max(settings.lengths))
+    check_lengths(haystack, checkpoint.tokenizer, settings)
+    return haystack
+
+
 def run_needle(
     checkpoint: Checkpoint, settings: NeedleSettings, folder: Path | None = None,
     say: Callable[[str], None] = print,
@@ -138,10 +146,10 @@ def run_needle(
     Samples that the JSON holds already are not measured again if weights, text and settings are the
     same; more tasks, lengths, depths or samples extend it. folder defaults to eval/needle in the
     run's folder. Returns what the JSON holds. Raises ValueError or FileNotFoundError with one
-    sentence.
+    sentence, for what can be known beforehand before anything is written.
     """
     tokenizer, longest = checkpoint.tokenizer, max(settings.lengths)
-    haystack = Haystack.find(checkpoint, settings.haystack, longest)
+    haystack = open_haystack(checkpoint, settings)
     if haystack.size < longest:
         say(f"The haystack has {haystack.size:,} tokens and is repeated to fill {longest:,}.")
     grid = ("tasks", "lengths", "depths", "samples", "during")
@@ -239,4 +247,5 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = command_line(sys.argv[1:])
-    main()
+    with stoppable("the same command goes on from here"):
+        main()

@@ -22,6 +22,7 @@ from eval.haystack import Haystack
 from eval.words import NOUNS
 
 TASKS = ("single", "multi_key", "multi_value", "multi_query")
+ROOMY = 256  # tokens of text in one sample: then all others of its length have room for some
 # What is hidden; the end of the prompt, which the value completes; the same for several values.
 TEMPLATES = (
     (
@@ -56,8 +57,9 @@ class DuringTraining:
     samples: int | None
 
     def __post_init__(self) -> None:
-        if self.every_tokens is not None and self.every_tokens < 1:
-            raise ValueError(f"eval.during.every_tokens={self.every_tokens}; at least 1, or null.")
+        for name in ("every_tokens", "depths", "samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"eval.during.{name}={getattr(self, name)}; at least 1, or null.")
 
     def due(self, before: int, now: int) -> bool:
         """Whether a multiple of every_tokens was passed between two counts of tokens."""
@@ -133,6 +135,7 @@ class Sample:
     question: str
     candidates: list[str]
     answers: list[int]  # the right ones' places among the candidates
+    room: int  # tokens of text around needles and question
 
 
 def make_sample(
@@ -183,7 +186,16 @@ def make_sample(
     order = rng.sample(range(settings.candidates), settings.candidates)
     candidates = [values[i] for i in order]
     right = [order.index(i) for i in range(answers)]
-    return Sample(prompt, needles, positions, question, candidates, right)
+    return Sample(prompt, needles, positions, question, candidates, right, room)
+
+
+def check_lengths(haystack: Haystack, tokenizer: Tokenizer, settings: NeedleSettings) -> None:
+    """Raises ValueError, as make_sample does, if a sample of the grid would have no room for text."""
+    for task, length in itertools.product(settings.tasks, settings.lengths):
+        for depth, index in itertools.product(settings.depth_percents, range(settings.samples)):
+            sample = make_sample(haystack, tokenizer, settings, task, length, depth, index)
+            if sample.room >= ROOMY:
+                break
 
 
 def listing(words: list[str]) -> str:

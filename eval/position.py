@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 
 from data.config import command_line, from_config, resolve_path
 from data.tokenizer import encode_documents, end_of_text_id, token_bytes
-from eval.entry import open_checkpoint
+from eval.entry import open_checkpoint, stoppable
 from eval.haystack import held_out_documents, read_text
 from eval.lm import DecoderLM, LanguageModel
 from eval.publish import publish
@@ -182,4 +182,5 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = command_line(sys.argv[1:])
-    main()
+    with stoppable("the same command begins again"):
+        main()

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from data.config import command_line, from_config
 from data.tokenizer import end_of_text_id, vocab_size
 from eval.accuracy import best_layer, summarize
-from eval.entry import open_checkpoint
+from eval.entry import open_checkpoint, stoppable
 from eval.lm import BATCH_TOKENS, DecoderLM, LanguageModel
 from eval.publish import publish
 from eval.records import Records, run_folder, weights_digest
@@ -143,12 +143,13 @@ def run_recall(checkpoint: Checkpoint, settings: RecallSettings) -> dict:
     del identity["samples"]
     records = Records(stem.with_suffix(".json"), ("index",), identity)
     rows = measure(DecoderLM(checkpoint.model, {end}), settings, vocabulary, end, records)
+    head = {"step": checkpoint.step, "settings": asdict(settings)}
+    results = records.write(head | {"by_distance": rows})
     with open(stem.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    head = {"step": checkpoint.step, "settings": asdict(settings)}
-    return records.write(head | {"by_distance": rows})
+    return results
 
 
 def table(results: dict) -> str:
@@ -189,4 +190,5 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = command_line(sys.argv[1:])
-    main()
+    with stoppable("the same command goes on from here"):
+        main()

@@ -15,23 +15,29 @@ from model.checkpoint import WEIGHTS, Checkpoint
 class Records:
     """The samples of <path>, a JSON file, by the values of `keys`.
 
-    Those that the file holds already are taken over if they were measured under the same
-    `identity`: weights, text, settings, version of the evaluator.
+    The file holds finished results and changes only when the next ones are finished; until then new
+    samples lie beside it, in a file that ends in .unfinished. Those that either holds already are
+    taken over if they were measured under the same `identity`: weights, text, settings, version of
+    the evaluator. Nothing is written before something was measured.
     """
 
     def __init__(self, path: Path, keys: tuple[str, ...], identity: dict):
         self.path, self.keys, self.identity = path, keys, json.loads(json.dumps(identity))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            before = json.loads(path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            before = {}
-        same = before.get("identity") == self.identity
-        self.known = {self.key(r): r for r in before["samples"]} if same else {}
-        self._written = time.perf_counter()
+        self.unfinished = path.with_suffix(".unfinished")
+        self.known = self._samples(path) | self._samples(self.unfinished)
+        self._written, self._on_disk = time.perf_counter(), len(self.known)
 
     def key(self, record: dict) -> tuple:
         return tuple(record[k] for k in self.keys)
+
+    def _samples(self, path: Path) -> dict[tuple, dict]:
+        """What a file holds of this identity."""
+        try:
+            held = json.loads(path.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+        same = held.get("identity") == self.identity
+        return {self.key(record): record for record in held["samples"]} if same else {}
 
     def fill(
         self, wanted: list[dict], at_once: int, measure: Callable[[list[dict]], Iterable[dict]]
@@ -49,19 +55,31 @@ class Records:
                 for record, result in zip(part, measure(part), strict=True):
                     self.known[self.key(record)] = record | result
                 if time.perf_counter() - self._written > 10:
-                    self.write({})
+                    self._keep()
         except BaseException:  # an interrupt too
-            self.write({})
+            self._keep()
             raise
         return [self.known[self.key(w)] for w in wanted]
 
     def write(self, results: dict) -> dict:
-        """Write results beside the samples, all there are; returns what the file holds."""
+        """Write finished results beside the samples, all there are; returns what the file holds."""
+        written = self._replace(self.path, results)
+        if self._samples(self.unfinished):  # and not those of other settings, to be gone on with
+            self.unfinished.unlink()
+        return written
+
+    def _keep(self) -> None:
+        """Write the samples, if there are new ones."""
+        if len(self.known) > self._on_disk:
+            self._replace(self.unfinished, {})
+
+    def _replace(self, path: Path, results: dict) -> dict:
         results = results | {"identity": self.identity, "samples": list(self.known.values())}
-        partial = self.path.with_suffix(".partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(results, indent=1))
-        os.replace(partial, self.path)
-        self._written = time.perf_counter()
+        os.replace(partial, path)
+        self._written, self._on_disk = time.perf_counter(), len(self.known)
         return results
 
 

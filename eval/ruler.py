@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from data.config import command_line, from_config, resolve_path
 from data.tokenizer import end_of_text_id
 from eval.accuracy import summarize
-from eval.entry import open_checkpoint
+from eval.entry import open_checkpoint, stoppable
 from eval.haystack import Haystack
 from eval.lm import BATCH_TOKENS, DecoderLM, LanguageModel
 from eval.publish import publish
@@ -109,7 +109,8 @@ def run_ruler(
     """Measure a checkpoint and write eval/ruler/<checkpoint name>.json and .csv in the run's folder.
 
     Samples that the JSON holds already are not measured again if weights, text and settings are the
-    same. Returns what the JSON holds. Raises ValueError or FileNotFoundError with one sentence.
+    same. Returns what the JSON holds. Raises ValueError or FileNotFoundError with one sentence, for
+    what can be known beforehand before anything is written.
     """
     tokenizer = checkpoint.tokenizer
     haystack = Haystack.find(checkpoint, settings.haystack, longest=1)
@@ -121,6 +122,7 @@ def run_ruler(
     }
     qa = {task: read_questions(path) for task, path in files.items()}
     generator = Generator(token_counter(tokenizer), Sources(essay, qa), settings.seed)
+    generator.check(settings.chosen, settings.lengths, settings.samples)
     identity = {
         "version": VERSION,
         "weights": weights_digest(checkpoint),
@@ -191,4 +193,5 @@ def main(config: DictConfig) -> None:
 
 if __name__ == "__main__":
     sys.argv[1:] = command_line(sys.argv[1:])
-    main()
+    with stoppable("the same command goes on from here"):
+        main()

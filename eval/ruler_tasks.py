@@ -324,6 +324,23 @@ class Generator:
         self.count, self.sources, self.seed = count, sources, seed
         self._sizes: dict[tuple[str, int], int] = {}
 
+    def check(self, tasks: list[str], lengths: list[int], samples: int) -> None:
+        """Raises ValueError, before any is asked for, if an example would not fit."""
+        for length in lengths:
+            needed = {
+                task: max(
+                    self._tokens(task, self._build(task, length, index, TASKS[task].smallest))
+                    for index in range(samples)
+                )
+                for task in tasks
+            }
+            if misfits := [task for task in tasks if needed[task] > length]:
+                raise ValueError(
+                    f"lengths: {length} tokens are too few for the smallest prompt and answer of "
+                    f"{', '.join(misfits)}; {max(needed.values()) + 64} would be a start, or leave "
+                    "them out of tasks."
+                )
+
     def example(self, task: str, length: int, index: int) -> Example:
         """Prompt and answer budget are at most `length` tokens.
 
@@ -347,8 +364,11 @@ class Generator:
         rng = random.Random(f"{self.seed}/{task}/{length}/{index}")
         return TASKS[task].build(rng, size, length, self.sources)
 
+    def _tokens(self, task: str, example: Example) -> int:
+        return self.count(example.prompt) + TASKS[task].budget
+
     def _fits(self, task: str, length: int, example: Example) -> bool:
-        return self.count(example.prompt) + TASKS[task].budget <= length
+        return self._tokens(task, example) <= length
 
     def _largest(self, task: str, length: int) -> int:
         """By doubling, then bisection; a haystack that can't grow (few documents) ends it."""

@@ -3,9 +3,9 @@
     python scripts/wandb_dashboard.py run=outputs/quickstart         what its W&B file holds, by panel
     python scripts/wandb_dashboard.py project=nsa-lm entity=me       build the workspace on the server
 
-An offline run is uploaded by `wandb sync outputs/<name>/wandb/offline-run-*`. Needle heatmaps found in
-the run's folder are added to it as a second W&B run, so that the same command uploads them.
-Building needs pip install wandb-workspaces, and a key (wandb login).
+An offline run is uploaded by `wandb sync outputs/<name>/wandb/offline-run-*`, with the results and
+pictures of its evaluations, which lie beside it as runs of their own. Building needs pip install
+wandb-workspaces, and a key (wandb login).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the repository root
 
-import json
 import re
 import struct
 from collections.abc import Iterator
@@ -59,7 +58,7 @@ SECTIONS = {
     },
 }  # fmt: skip
 OPTIONAL = {"z_loss", "mfu", "memory_gb"}  # with a z-loss; on a GPU
-HEATMAPS = "needle"
+HEATMAPS = "needle"  # the name under which needle grids log them
 
 
 @dataclass(frozen=True)
@@ -126,19 +125,6 @@ def missing(names: set[str]) -> dict[str, list[str]]:
     return empty
 
 
-def add_heatmaps(run: Path) -> int:
-    """Record the run's needle heatmaps as an offline W&B run beside it; returns their number."""
-    import wandb
-
-    images = sorted(run.glob("eval/needle/*.png"))
-    if images:
-        with wandb.init(name=f"{run.name}-needle", dir=str(run), mode="offline") as view:
-            for image in images:
-                step = json.loads(image.with_suffix(".json").read_text())["step"]
-                view.log({f"{HEATMAPS}/heatmap": wandb.Image(str(image)), "step": step})
-    return len(images)
-
-
 def workspace(entity: str, project: str):
     """The workspace; nothing is sent before its save()."""
     try:
@@ -154,7 +140,7 @@ def workspace(entity: str, project: str):
             chosen = {"metric_regex": series[0]} if pattern else {"y": series}
             plots.append(panels.LinePlot(title=title, x="tokens", **chosen))
         sections.append(workspaces.Section(name=name, panels=plots, is_open=True))
-    heatmaps = panels.MediaBrowser(title="Needle in a haystack", media_keys=[f"{HEATMAPS}/heatmap"])
+    heatmaps = panels.MediaBrowser(title="Needle in a haystack", media_keys=[HEATMAPS])
     compare = [
         panels.LinePlot(
             title=f"{title}, by attention", x="tokens", y=[key],
@@ -175,13 +161,17 @@ def workspace(entity: str, project: str):
 def main(config: DictConfig) -> None:
     try:
         settings = from_config(DashboardSettings, config, "dashboard")
+        if not (settings.run or settings.project):
+            raise ValueError(
+                "give run=outputs/<name> to list what its offline W&B files hold, or project=… "
+                "entity=… to build the workspace."
+            )
         if settings.run:
             run = resolve_path(settings.run)
             names = recorded(run)
             print(f"{len(names)} series", *listing(names), sep="\n  ")
             for title, absent in missing(names).items():
                 print(f"empty panel: {title} ({', '.join(absent)})")
-            print(f"needle heatmaps added: {add_heatmaps(run)}")
             print(f"upload with: wandb sync {run}/wandb/offline-run-*")
         if settings.project:
             if not settings.entity:

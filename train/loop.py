@@ -20,7 +20,7 @@ from data.prefetch import prefetch
 from data.shards import TokenShards
 from data.stages import Loader, Stage, fingerprint, open_stages
 from data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, vocab_size
-from eval.in_training import needle_in_training
+from eval.in_training import check_needle_in_training, needle_in_training
 from model.build import build_decoder
 from model.checkpoint import init_from
 from model.loss import IGNORED
@@ -48,8 +48,9 @@ from train.telemetry import (
 def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     """Train to the end of the run, or until a signal, whose number is returned (0: the end).
 
-    All ranks call it. Raises SpikeError after train.max_skipped refused steps in a row, and OSError
-    when a checkpoint can't be written; in either case the last checkpoint is whole.
+    All ranks call it. Raises ValueError or FileNotFoundError at the start for data, or needle grids on
+    the way, that are not possible; SpikeError after train.max_skipped refused steps in a row, and
+    OSError when a checkpoint can't be written; in either case the last checkpoint is whole.
     """
     # -- what the run is made of
     device, folder, settings = ranks.device, run.folder, run.train
@@ -57,6 +58,8 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     eot = end_of_text_id(tokenizer)
     validation = TokenShards.open(data_path / "validation")
     loaders = open_loaders(run, data_path)
+    config = run.raw | {"data_path": str(data_path)}
+    check_needle_in_training(config, tokenizer, run.needle, folder)
     torch.manual_seed(run.seed)  # the same weights on every rank
     model = build_decoder(run.raw["model"], run.raw["attention"], vocab_size(tokenizer))
     found = newest_checkpoint(folder)  # train.resume was checked before we came here
@@ -78,10 +81,9 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     changes = []
     if found:
         state = load_checkpoint(found, engine)
-        config = run.as_trained(state.step) | {"data_path": str(data_path)}
-        changes = differences(found, config, code)
+        trained_config = run.as_trained(state.step) | {"data_path": str(data_path)}
+        changes = differences(found, trained_config, code)
         state.code = code
-    config = run.raw | {"data_path": str(data_path)}
     if ranks.rank == 0:
         _write_records(folder, config, data_path, environment(device), state)
     telemetry = Telemetry(folder, config, run.log, run.num_steps, active=ranks.rank == 0)

@@ -33,6 +33,7 @@ class Outer:
     when: bool | Literal["auto"] = "auto"
     inner: Inner | None = None
     names: list = field(default_factory=list)
+    lengths: list[int] | None = None
 
 
 def test_builds_nested_dataclasses_from_dicts_and_hydra_configs():
@@ -48,7 +49,10 @@ def test_builds_nested_dataclasses_from_dicts_and_hydra_configs():
     "raw, message",
     [
         ({"sise": 3}, "x.sise: unknown key; did you mean x.size?"),
-        ({"size": 3, "zzzz": 1}, "x.zzzz: unknown key; known: size, on, when, inner, names"),
+        (
+            {"size": 3, "zzzz": 1},
+            "x.zzzz: unknown key; known: size, on, when, inner, names, lengths",
+        ),
         ({}, "x.size: missing; set it, as in x.size=…"),
         ({"size": "???"}, "x.size: missing; set it, as in x.size=…"),
         ({"size": 1, "on": "???"}, "x.on: missing; set it, as in x.on=…"),
@@ -65,6 +69,11 @@ def test_builds_nested_dataclasses_from_dicts_and_hydra_configs():
         (
             {"size": 1, "inner": {"share": 1, "kind": "f"}},
             "x.inner.kind: 'f' isn't 'fast' or 'slow'",
+        ),
+        ({"size": 1, "names": {}}, "x.names: {} isn't a list"),
+        (
+            {"size": 1, "lengths": 512},
+            "x.lengths: 512 isn't a list or null; a list is written [512]",
         ),
         ({"size": 1, "inner": 7}, "x.inner: 7 isn't a group of keys"),
     ],

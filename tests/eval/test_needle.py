@@ -1,8 +1,10 @@
 """Planted behaviour gets exactly the score it deserves; samples are what they claim to be."""
 
 import dataclasses
+import itertools
 import json
 import re
+from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -17,7 +19,7 @@ from eval import needle
 from eval.accuracy import summarize, wilson
 from eval.haystack import Haystack
 from eval.lm import DecoderLM
-from eval.needle_samples import TASKS, make_sample
+from eval.needle_samples import TASKS, check_lengths, make_sample
 from eval.records import Records
 from eval.words import ADJECTIVES, NOUNS
 from model.checkpoint import load_checkpoint, save_weights
@@ -271,10 +273,14 @@ def test_an_interrupted_grid_goes_on_where_it_stopped(
                 raise KeyboardInterrupt
             return super().generate(prompts, max_new_tokens)
 
-    def grid(lm):
-        records = Records(tmp_path / "grid.json", needle.KEYS, {"lm": "guesser"})
-        needle.measure(lm, tokenizer, haystack, settings, "single", 320, records)
+    finished, unfinished = tmp_path / "grid.json", tmp_path / "grid.unfinished"
 
+    def grid(lm):
+        records = Records(finished, needle.KEYS, {"lm": "guesser"})
+        needle.measure(lm, tokenizer, haystack, settings, "single", 320, records)
+        return records
+
+    before = Records(finished, needle.KEYS, {"lm": "another"}).write({"step": 1})
     lm = Stopping()
     monkeypatch.setattr(needle, "BATCH_TOKENS", 4 * 320)  # four at once
     for left, done in ((9, 8), (9, 16), (9, 18)):
@@ -282,10 +288,53 @@ def test_an_interrupted_grid_goes_on_where_it_stopped(
         if done < 18:
             with pytest.raises(KeyboardInterrupt):
                 grid(lm)
-            assert len(json.loads((tmp_path / "grid.json").read_text())["samples"]) == done
+            assert len(json.loads(unfinished.read_text())["samples"]) == done
+            assert json.loads(finished.read_text()) == before
         else:
-            grid(lm)
+            records = grid(lm)
             assert lm.left == 9 - 2
+    # Finished results of other settings in between leave what is to be gone on with.
+    other = Records(finished, needle.KEYS, {"lm": "another"}).write({"step": 2})
+    assert other["step"] == 2 and len(json.loads(unfinished.read_text())["samples"]) == 16
+    assert len(records.write({"step": 3})["samples"]) == 18 and not unfinished.exists()
+    lm.left = 0
+    assert len(grid(lm).known) == 18 and not unfinished.exists()
+
+
+def test_a_refused_grid_leaves_the_files_as_they_are(checkpoint, settings, tmp_path):
+    text = tmp_path / "held_out.txt"
+    text.write_text(TEXT)
+    settings = dataclasses.replace(
+        settings, lengths=[288], depths=1, samples=1, max_new_tokens=4, haystack=str(text)
+    )
+    short = dataclasses.replace(settings, lengths=[288, 20])
+    folder = tmp_path / "run" / "eval"
+    with pytest.raises(ValueError, match="20 tokens leave no room .* would be a start"):
+        needle.run_needle(checkpoint, short, say=lambda line: None)
+    assert not folder.exists()
+    needle.run_needle(checkpoint, settings, say=lambda line: None)
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    with pytest.raises(ValueError, match="20 tokens leave no room"):
+        needle.run_needle(checkpoint, short, say=lambda line: None)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+
+
+def test_a_length_is_refused_if_any_of_its_samples_has_no_room(tokenizer, haystack, settings):
+    settings = dataclasses.replace(settings, tasks=["single"], samples=12)
+    mixed = 0  # lengths that some samples fit and others do not
+    for length in range(80, 320, 8):
+        settings = dataclasses.replace(settings, lengths=[length])
+        fits = set()
+        for depth, index in itertools.product(settings.depth_percents, range(settings.samples)):
+            try:
+                make_sample(haystack, tokenizer, settings, "single", length, depth, index)
+                fits.add(True)
+            except ValueError:
+                fits.add(False)
+        mixed += len(fits) == 2
+        with pytest.raises(ValueError, match="no room") if False in fits else nullcontext():
+            check_lengths(haystack, tokenizer, settings)
+    assert mixed
 
 
 def test_the_recall_of_the_values_blocks_is_told(tokenizer, haystack, settings):
@@ -336,6 +385,8 @@ def test_without_held_out_text_it_says_so(checkpoint, settings):
 def test_settings_are_checked(settings, change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(settings, **change)
+    with pytest.raises(ValueError, match="eval.during.samples=0; at least 1, or null"):
+        dataclasses.replace(settings.during, samples=0)
 
 
 def test_the_script(checkpoint, tmp_path):

@@ -185,6 +185,18 @@ def test_what_does_not_fit_or_is_no_question_says_so(generator, tmp_path):
             from_config(ruler.RulerSettings, settings | change, "ruler")
 
 
+def test_lengths_are_checked_before_anything_is_measured(generator):
+    tasks = [task for task in TASKS if task not in ("qa_1", "qa_2")]
+    generator.check(tasks, [LENGTH], 4)
+    with pytest.raises(
+        ValueError, match="256 tokens are too few .* niah_multikey_3, .*cwe"
+    ) as caught:
+        generator.check(tasks, [LENGTH, 256], 4)
+    start = int(re.search(r"(\d+) would be a start", str(caught.value))[1])
+    for task in tasks:
+        assert all(generator.example(task, start, index) for index in range(4))
+
+
 def test_the_script(tmp_path, word_tokenizer, questions):
     folder = tmp_path / "run" / "checkpoints" / "step_00000007"
     model = decoder(MODELS, word_tokenizer.get_vocab_size())

@@ -2,7 +2,8 @@
 
 import pytest
 
-from scripts.wandb_dashboard import SECTIONS, add_heatmaps, listing, missing, recorded, workspace
+from scripts.wandb_dashboard import SECTIONS, listing, missing, recorded, workspace
+from tests.eval.conftest import run_script
 from tests.train.ranks import pretrain
 
 
@@ -13,7 +14,17 @@ def test_an_offline_run_fills_every_panel(tmp_path, monkeypatch):
     assert {"loss", "tokens", "val/bpb", "gates/window/layer_01"} <= names
     assert missing(names) == {}
     assert missing(names - {"loss"}) == {"Training loss (nats per token)": ["loss"]}
-    assert add_heatmaps(tmp_path / "run") == 0  # none were made
+
+    before = sorted(tmp_path.rglob("*"))
+    done = run_script("scripts/wandb_dashboard.py", f"run={tmp_path / 'run'}")
+    assert done.returncode == 0 and "upload with: wandb sync" in done.stdout, done.stderr
+    assert sorted(tmp_path.rglob("*")) == before  # looking adds nothing
+
+
+def test_without_a_run_or_a_project_it_says_what_to_give():
+    done = run_script("scripts/wandb_dashboard.py")
+    assert done.returncode == 1 and done.stderr.startswith("error: give run=outputs/<name>")
+    assert done.stderr.count("\n") == 1
 
 
 def test_series_are_listed_by_group():

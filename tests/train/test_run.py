@@ -182,6 +182,13 @@ def test_stages_change_lengths_and_positions_and_resume_bit_for_bit(outputs):
     same_curve(outputs / "staged", outputs / "shared", rel=1e-5)
 
 
+def test_a_grid_that_would_be_refused_on_the_way_ends_the_run_before_its_first_step(outputs):
+    run = start(outputs, "name=short", "eval.during.every_tokens=2048", "eval.during.lengths=[20]")
+    assert run.wait() == [1]
+    assert "error: lengths: 20 tokens leave no room" in run.text(), run.text()
+    assert "step 1" not in run.text() and not (outputs / "short").exists()
+
+
 def test_scoring_on_the_way_disturbs_nothing(outputs):
     text = pretrain(
         outputs, "name=scored", "eval.during.every_tokens=2048", "eval.during.lengths=[160]",
