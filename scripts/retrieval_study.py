@@ -43,6 +43,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from data.config import ROOT, check_root, command_line, from_config
+from data.recall_chain import KEYS, VOCABULARY, Sequences, make_sequences
 from eval.compare import mean_and_range
 from model.build import build_decoder
 from model.decoder import Decoder
@@ -51,8 +52,6 @@ from model.probe import BlockRecall
 from train.optimizer import OptimizerConfig, build_optimizer
 from train.telemetry import measurement
 
-STATES, KEYS, VALUES = 32, 256, 256  # kinds of tokens, in this order
-SUCCESSORS = (0.55, 0.25, 0.12, 0.08)  # probabilities of the chain's next states
 QUERY_HEADS = 8
 LEGEND = """\
 accuracy    share of the values asked for whose tokens are all the likeliest; far: from half the length
@@ -117,68 +116,6 @@ class Settings:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The task
-
-
-class Sequences(NamedTuple):
-    """tokens int64 [N, T]; first and second int64 [N, pairs], the places of each key; whole bool
-    [N, pairs], False where another pair was written over this one; plain bool [N, T], tokens that
-    the chain alone predicts, from the two before."""
-
-    tokens: Tensor
-    first: Tensor
-    second: Tensor
-    whole: Tensor
-    plain: Tensor
-
-
-def make_sequences(count: int, settings: Settings, rng: np.random.Generator) -> Sequences:
-    """Distances are drawn, half of them log-uniformly, half uniformly, from a pair's tokens to the
-    second key's place."""
-    length, width = settings.length, 1 + settings.value_tokens  # of a pair
-    shape = count, settings.pairs
-    tokens = _chain(count, length, rng)
-    keys = STATES + rng.random((count, KEYS)).argsort(1)[:, : settings.pairs]
-    values = STATES + KEYS + rng.integers(VALUES, size=(*shape, settings.value_tokens))
-    second = rng.integers(width, length - width + 1, size=shape)
-    share = rng.random(shape)
-    near, far = width * (second / width) ** share, width + share * (second - width)
-    first = second - np.where(rng.random(shape) < 0.5, near, far).astype(np.int64)
-    plain = np.ones_like(tokens, dtype=bool)
-    plain[:, :2] = False
-    rows = np.arange(count)[:, None]
-    pairs = [keys, *np.moveaxis(values, 2, 0)]
-    for place in (first, second):
-        for i, part in enumerate(pairs):
-            tokens[rows, place + i] = part
-    whole = np.all(
-        [
-            tokens[rows, place + i] == part
-            for place in (first, second)
-            for i, part in enumerate(pairs)
-        ],
-        0,
-    )
-    other = tokens >= STATES
-    plain &= ~other
-    plain[:, 1:] &= ~other[:, :-1]
-    plain[:, 2:] &= ~other[:, :-2]
-    return Sequences(*map(torch.from_numpy, (tokens, first, second, whole, plain)))
-
-
-def _chain(count: int, length: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [count, length] of the second-order chain, which is the same in every study."""
-    successors = np.random.default_rng(0).integers(STATES, size=(STATES, STATES, len(SUCCESSORS)))
-    limits = np.cumsum(SUCCESSORS)[:-1]
-    tokens = np.empty((length, count), np.int64)
-    tokens[:2] = rng.integers(STATES, size=(2, count))
-    for t in range(2, length):
-        choice = np.searchsorted(limits, rng.random(count))
-        tokens[t] = successors[tokens[t - 2], tokens[t - 1], choice]
-    return np.ascontiguousarray(tokens.T)
-
-
-# ---------------------------------------------------------------------------------------------------
 # One run
 
 
@@ -208,13 +145,7 @@ class Packed:
         return model(*inputs).float().view(*tokens.shape, -1)
 
 
-def asking(x: Tensor, part: Sequences, settings: Settings) -> Tensor:
-    """x [batch, T] where the tokens of the values asked for are to be predicted: [batch, pairs, tokens]"""
-    places = part.second[..., None] + torch.arange(settings.value_tokens, device=x.device)
-    return x.gather(1, places.flatten(1)).view(places.shape)
-
-
-def losses(logits: Tensor, part: Sequences, settings: Settings) -> tuple[Tensor, Tensor]:
+def losses(logits: Tensor, part: Sequences) -> tuple[Tensor, Tensor]:
     """Mean nats of the chain's tokens and of the values asked for."""
     nats = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), part.tokens[:, 1:].flatten(), reduction="none"
@@ -222,7 +153,7 @@ def losses(logits: Tensor, part: Sequences, settings: Settings) -> tuple[Tensor,
     nats = nats.view(len(part.tokens), -1)
     plain, asked = part.plain[:, 1:], part.whole
     chain = (nats * plain).sum() / plain.sum()
-    recall = asking(nats, part, settings).mean(-1)
+    recall = part.asking(nats).mean(-1)
     return chain, (recall * asked).sum() / asked.sum()
 
 
@@ -230,7 +161,7 @@ def objective(model, packed: Packed, part: Sequences, dense: bool, settings: Set
     """What is minimised; `dense`: the selected branch sees all tokens."""
     teacher = ImportanceTeacher(dense, learn=settings.selection_kl > 0)
     with teacher if dense or teacher.learn else nullcontext():
-        chain, asked = losses(packed.logits(model, part.tokens), part, settings)
+        chain, asked = losses(packed.logits(model, part.tokens), part)
     return chain + asked + settings.selection_kl * teacher.loss
 
 
@@ -272,7 +203,7 @@ def build(run: Run) -> tuple[dict, Decoder, OptimizerConfig]:
     check_root(raw)
     config = from_config(OptimizerConfig, raw["optimizer"], "optimizer")
     torch.manual_seed(run.seed)
-    return raw, build_decoder(raw["model"], raw["attention"], STATES + KEYS + VALUES), config
+    return raw, build_decoder(raw["model"], raw["attention"], VOCABULARY), config
 
 
 def train(run: Run, settings: Settings, device: torch.device) -> dict:
@@ -286,12 +217,13 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict:
             block.compile(fullgraph=True)
     optimizer = build_optimizer(model, config, 0, fused=device.type == "cuda")
     rng = np.random.default_rng(run.seed + 1)
-    held_out = make_sequences(8 * settings.batch, settings, np.random.default_rng(0))
+    task = settings.length, settings.pairs, settings.value_tokens
+    held_out = make_sequences(8 * settings.batch, *task, np.random.default_rng(0))
     packed, curve = Packed(settings, device), []
     captured: dict[bool, CapturedPass] = {}
     for step in range(settings.steps):
         if step % 64 == 0:
-            data = make_sequences(64 * settings.batch, settings, rng)
+            data = make_sequences(64 * settings.batch, *task, rng)
         here = slice(step % 64 * settings.batch, (step % 64 + 1) * settings.batch)
         part = Sequences(*(x[here].to(device, non_blocking=True) for x in data))
         for group in optimizer.param_groups:
@@ -333,10 +265,10 @@ def evaluate(model, packed: Packed, held_out: Sequences, settings: Settings, dev
         queries, values = (x[part.whole] for x in (row + part.second, row + part.first + 1))
         with BlockRecall(queries, values) as probe:
             logits = packed.logits(model, part.tokens)
-        for total, loss in zip((chain, asked), losses(logits, part, settings), strict=True):
+        for total, loss in zip((chain, asked), losses(logits, part), strict=True):
             total.append(float(loss))
         hit = logits[:, :-1].argmax(-1) == part.tokens[:, 1:]
-        right.append(asking(hit, part, settings).all(-1)[part.whole].cpu())
+        right.append(part.asking(hit).all(-1)[part.whole].cpu())
         distances.append((part.second - part.first)[part.whole].cpu())
         if probe.found:
             shares.append(torch.stack([*probe.shares().values()]).cpu())

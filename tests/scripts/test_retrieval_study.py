@@ -1,48 +1,26 @@
-"""The study's task is what it says, and a study of two runs goes on where it was stopped."""
+"""The study's losses are what they say, and a study of two runs goes on where it was stopped."""
 
-import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from scripts.retrieval_study import KEYS, STATES, Settings, losses, make_sequences, table, variants
+from data.recall_chain import STATES, VOCABULARY, make_sequences
+from scripts.retrieval_study import losses, table, variants
 from tests.eval.conftest import run_script
 
-SETTINGS = Settings(
-    length=256, pairs=8, value_tokens=1, batch=2, steps=3, warmup=1, compile=False, selection_kl=0,
-    dense_warmup=0,
-)  # fmt: skip
-LONG_VALUES = dataclasses.replace(SETTINGS, value_tokens=3)
 
-
-@pytest.mark.parametrize("settings", [SETTINGS, LONG_VALUES], ids=["1", "3"])
-def test_keys_come_twice_with_their_values_at_all_distances(settings):
-    width = 1 + settings.value_tokens
-    made = make_sequences(64, settings, np.random.default_rng(0))
-    assert 0.5 < made.whole.double().mean() < 1  # some are written over
-    for tokens, first, second, whole in zip(*made[:4], strict=True):
-        for a, b in zip(first[whole].tolist(), second[whole].tolist(), strict=True):
-            assert torch.equal(tokens[a : a + width], tokens[b : b + width])
-            assert tokens[a + 1 : a + width].min() >= STATES + KEYS
-            assert (tokens == tokens[b]).sum() == 2 and b - a >= width
-    distance = (made.second - made.first)[made.whole]
-    assert min(distance) < width + 2 and (distance >= 128).sum() > 10
-    again, other = (make_sequences(64, settings, np.random.default_rng(s)) for s in (0, 1))
-    assert torch.equal(again.tokens, made.tokens) and not torch.equal(other.tokens, made.tokens)
-
-
-@pytest.mark.parametrize("settings", [SETTINGS, LONG_VALUES], ids=["1", "3"])
-def test_the_losses_are_of_what_can_be_known(settings):
-    made = make_sequences(64, settings, np.random.default_rng(0))
-    logits = torch.zeros(*made.tokens.shape, STATES + 2 * KEYS)
+@pytest.mark.parametrize("value_tokens", [1, 3])
+def test_the_losses_are_of_what_can_be_known(value_tokens):
+    made = make_sequences(64, 256, 8, value_tokens, np.random.default_rng(0))
+    logits = torch.zeros(*made.tokens.shape, VOCABULARY)
     logits[:, :-1].scatter_(2, made.tokens[:, 1:, None], 50.0)  # knows the next token
-    assert all(float(loss) < 1e-6 for loss in losses(logits, made, settings))
-    for i in range(settings.value_tokens):
+    assert all(float(loss) < 1e-6 for loss in losses(logits, made))
+    for i in range(value_tokens):
         logits[torch.arange(64)[:, None], made.second + i] = 0
-    chain, asked = losses(logits, made, settings)
-    assert float(chain) < 1e-6 and float(asked) == pytest.approx(np.log(STATES + 2 * KEYS))
+    chain, asked = losses(logits, made)
+    assert float(chain) < 1e-6 and float(asked) == pytest.approx(np.log(VOCABULARY))
     states = made.tokens * made.plain
     assert states.max() < STATES and made.plain.double().mean() > 0.5
 
