@@ -1,7 +1,7 @@
 """Norm and rotary positions of queries or keys as one operator.
 
-Composed of torch's own they are a dozen small launches, which a decode step would wait for; and
-compiled, a training step still moves queries and keys eleven times where five are enough.
+Composed of torch's own they are a dozen small launches, which a decode step would wait for, and
+compiled still several passes over queries and keys in each direction. Off CUDA torch's own it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def norm_rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps:
     return rotate(x, cos, sin)
 
 
-@torch.library.custom_op("nsa::norm_rotate", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("nsa::norm_rotate", mutates_args=())
 def _norm_rotate(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     from kernels.rotary_triton import forward  # needs a working Triton
 
@@ -42,7 +42,7 @@ def _(x, *rest):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("nsa::norm_rotate_backward", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("nsa::norm_rotate_backward", mutates_args=())
 def _norm_rotate_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:

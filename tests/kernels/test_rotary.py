@@ -49,12 +49,16 @@ def test_the_kernels_equal_the_twin(monkeypatch, tokens, heads, dim, dtype, wide
         )
 
 
-@pytest.mark.gpu
 def test_the_operator_keeps_its_promises():
+    """On a CPU too, where only this test calls it: by Triton's interpreter."""
     x, weight, cos, sin = make(3, 2, 8, torch.float32, wide=True)
     for given in (weight.requires_grad_(), None):
         inputs = x.detach().requires_grad_(), given, cos, sin, 1e-6
         torch.library.opcheck(torch.ops.nsa.norm_rotate.default, inputs)
+        dy, leaves = torch.randn_like(x), [t for t in inputs[:2] if t is not None]
+        found = torch.autograd.grad(torch.ops.nsa.norm_rotate(*inputs), leaves, dy)
+        for got, want in zip(found, exact(dy, *inputs[:4])[1:], strict=False):
+            torch.testing.assert_close(got.double().cpu(), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu
