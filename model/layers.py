@@ -84,7 +84,7 @@ class RotaryNorm(nn.Module):
 
 
 PROJECTED_AT_ONCE = {"cuda"}  # device types, for compiled code
-CACHE_LINE = 64  # numbers of two bytes
+CACHE_LINE = 64  # bf16 or fp16 numbers
 
 
 def project(x: Tensor, *layers: nn.Linear | None) -> list[Tensor | None]:
@@ -106,10 +106,10 @@ def project(x: Tensor, *layers: nn.Linear | None) -> list[Tensor | None]:
     # The compiler pads rows to whole cache lines, and would then copy every part for its reader.
     if spare := -sum(sizes) % CACHE_LINE:
         weights.append(x.new_zeros(spare, x.shape[-1]))
-    parts = F.linear(x, torch.cat(weights)).split([*sizes, spare], -1)
+    *parts, _ = F.linear(x, torch.cat(weights)).split([*sizes, spare], -1)
     made = {
         layer: part if layer.bias is None else part + layer.bias
-        for layer, part in zip(there, parts, strict=False)
+        for layer, part in zip(there, parts, strict=True)
     }
     return [made.get(layer) for layer in layers]
 

@@ -220,11 +220,11 @@ def main() -> None:
         return [*shared, f"attention={attention}", *sizes]
 
     # One GPU: both lengths at once, on two GPUs, after the data is prepared by the first.
-    alone = {name: f"1 rank, {length:,} tokens, {name.split()[-1]}" for name, length in
-             (("short full", short), ("nsa", long), ("full", long))}  # fmt: skip
-    bench.part(alone["short full"], lambda: bench.run("alone", 1, *recipe(short, "full")))
+    alone_short = f"1 rank, {short:,} tokens, full"
+    alone = {attention: f"1 rank, {long:,} tokens, {attention}" for attention in ("nsa", "full")}
+    bench.part(alone_short, lambda: bench.run("alone", 1, *recipe(short, "full")))
     pair = {}
-    for gpu, attention in enumerate(("nsa", "full")):
+    for gpu, attention in enumerate(alone):
         if not bench.over() and not bench.done(alone[attention]):
             how = recipe(long, attention)
             pair[attention] = bench.launch(f"alone_{attention}", 1, *how, gpu=gpu)
@@ -237,7 +237,7 @@ def main() -> None:
         )
     for stage in (1, 2, 3):
         for attention, length, one in (
-            ("full", short, alone["short full"]),
+            ("full", short, alone_short),
             ("nsa", long, alone["nsa"]),
         ):
             how = [*recipe(length, attention), f"parallel=zero{stage}"]

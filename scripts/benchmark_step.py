@@ -53,9 +53,13 @@ VARIANTS = {  # name: (overrides, bare loop?, profile?)
     "full small at 64k": (["+experiment=full_small_64k"], False, False),
     "sliding small at 64k": (["+experiment=sliding_small_64k"], False, False),
 }  # fmt: skip
-for length in (32768, 65536, 131072, 262144):  # steps of one sequence
-    sizes = [f"train.{key}={length}" for key in ("seq_len", "micro_batch_tokens", "batch_tokens")]
-    VARIANTS[f"nsa small at {length >> 10}k"] = ["+experiment=nsa_small_64k", *sizes], False, False
+SIZES = ("seq_len", "micro_batch_tokens", "batch_tokens")  # equal: steps of one sequence
+VARIANTS |= {
+    f"nsa small at {n}k": (
+        ["+experiment=nsa_small_64k", *(f"train.{size}={n << 10}" for size in SIZES)], False, False,
+    )
+    for n in (32, 64, 128, 256)
+}  # fmt: skip
 
 
 class BareLoop:

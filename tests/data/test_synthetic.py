@@ -127,3 +127,14 @@ def test_depths_are_spread_over_the_document(loader, tokenizer):
         number = re.findall(r"\d{4,}", text)[-1]
         depths.append(text.index(number) / len(text))
     assert np.quantile(depths, 0.2) < 0.35 and np.quantile(depths, 0.8) > 0.6
+
+
+def test_much_is_asked_and_half_of_the_samples_are_one_document(loader, tokenizer):
+    texts = documents(loader(["recall"], seq_len=8192), tokenizer, samples=30)
+    asked = [text.rsplit("\n\n", 1)[1].count("->") for text in texts]
+    per_token = sum(asked) / (30 * 8192)
+    assert 1 / 1000 < per_token < 1 / 96  # at the densest one in 48, then one in two is a statement
+    assert min(asked) <= 2  # and few in a document are not rare
+    ends = loader(["passkey"], seq_len=8192).batch(0, 200).cu_seqlens
+    whole = int((ends.diff() == 8192).sum())
+    assert 70 < whole < 130
