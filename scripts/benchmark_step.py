@@ -50,16 +50,12 @@ VARIANTS = {  # name: (overrides, bare loop?, profile?)
     "nsa at 64k, selective": (
         ["+experiment=nsa_64k", "train.activation_checkpointing=selective"], False, False,
     ),
-    "full small at 64k": (["+experiment=full_small_64k"], False, False),
-    "sliding small at 64k": (["+experiment=sliding_small_64k"], False, False),
 }  # fmt: skip
 SIZES = ("seq_len", "micro_batch_tokens", "batch_tokens")  # equal: steps of one sequence
-VARIANTS |= {
-    f"nsa small at {n}k": (
-        ["+experiment=nsa_small_64k", *(f"train.{size}={n << 10}" for size in SIZES)], False, False,
-    )
-    for n in (32, 64, 128, 256)
-}  # fmt: skip
+for name, n in (*(("nsa", n) for n in (32, 64, 128, 256)), ("full", 64), ("sliding", 64)):
+    overrides = [f"+experiment={name}_small_64k", "train.stages=[]"]
+    overrides += [f"train.{size}={n << 10}" for size in SIZES]
+    VARIANTS[f"{name} small at {n}k"] = overrides, False, False
 
 
 class BareLoop:

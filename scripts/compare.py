@@ -42,7 +42,7 @@ from eval.report import load_run, write_comparison
 from eval.results import write_results
 from train.config import check_config
 
-SPEED_STEPS = 12  # of a run that only measures how fast a recipe trains
+SPEED_STEPS = 12  # for each length of a run that only measures how fast a recipe trains
 SPEED, SAME_TIME = "_speed", "_same_time"  # ends of those runs' names, and of those at equal time
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -172,17 +172,15 @@ class Comparison:
             () if self.settings.tokens is None else (f"train.max_tokens={self.settings.tokens}",)
         )
         for recipe in self.recipes:
-            arguments = self._training(recipe, recipe.name, self.settings.seeds[0], *budget)
             try:
                 for override in (*self.overrides, *recipe.overrides):
                     if (key := override.lstrip("+~").partition("=")[0]) in OURS:
                         raise ValueError(f"{key} follows from the keys of conf/compare.yaml.")
-                with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-                    config = compose("config", command_line(arguments))
-                raw = OmegaConf.to_container(config, resolve=True)
-                if recipe in timed and raw["train"]["stages"]:
+                raw = self._config(recipe, *budget)
+                if recipe in timed and any(x["from_tokens"] > 1 for x in raw["train"]["stages"]):
                     raise ValueError(
-                        "it trains in stages of different speed, so no time can be given to it; "
+                        "its stages begin at numbers of tokens, so its speed depends on its length "
+                        "and no time can be given to it; let them begin at shares of the run, or "
                         "compare it with tokens=… and views=[tokens]."
                     )
                 if not self._begun(recipe.name):  # else it may be on a machine that only reports
@@ -244,8 +242,9 @@ class Comparison:
 
     def short_run(self, recipe: Recipe) -> str:
         """The name of a run of a few steps, which shows how fast a recipe trains."""
-        name = recipe.name + SPEED
-        short = f"train.max_steps={SPEED_STEPS}", "log.wandb=disabled"
+        name, train = recipe.name + SPEED, self._config(recipe)["train"]
+        steps = SPEED_STEPS * (1 + len(train["stages"]))
+        short = f"train.max_tokens={steps * train['batch_tokens']}", "log.wandb=disabled"
         self.step(name, "train/pretrain.py", self._training(recipe, name, 0, *short))
         return name
 
@@ -253,6 +252,12 @@ class Comparison:
         """A run's training tokens and seconds."""
         steps = load_run(self.folder / name).training
         return steps[-1]["tokens"], clock(steps)[-1]
+
+    def _config(self, recipe: Recipe, *budget: str) -> dict:
+        """The resolved config of a recipe's training."""
+        arguments = self._training(recipe, recipe.name, self.settings.seeds[0], *budget)
+        with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+            return OmegaConf.to_container(compose("config", command_line(arguments)), resolve=True)
 
     def _training(self, recipe: Recipe, name: str, seed: int, *budget: str) -> list[str]:
         own = *recipe.overrides, *([f"seed={seed}"] if seed else ())

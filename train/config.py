@@ -57,7 +57,7 @@ class TrainConfig:
 class StageConfig:
     """An entry of train.stages: how a run goes on from a number of tokens."""
 
-    from_tokens: int
+    from_tokens: float  # up to 1 a share of train.max_tokens, as in conf/schedule
     seq_len: int
     rope_base: float | None = None  # None: as before
     weights: dict | None = None  # shares of the sources' tokens; None: the data config's
@@ -65,6 +65,10 @@ class StageConfig:
     def __post_init__(self) -> None:
         if self.seq_len < 1:
             raise ValueError(f"train.stages: seq_len={self.seq_len}; it must be at least 1.")
+
+    def start(self, max_tokens: int) -> float:
+        """Tokens behind a run of max_tokens when the stage begins."""
+        return self.from_tokens * max_tokens if self.from_tokens <= 1 else self.from_tokens
 
 
 class LengthStage(NamedTuple):
@@ -231,10 +235,11 @@ def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
     stages = [LengthStage(0, train.seq_len, float(rope_base), None)]
     for i, entry in enumerate(train.stages):
         stage = from_config(StageConfig, entry, f"train.stages.{i}")
-        steps = stage.from_tokens // train.batch_tokens
+        steps = int(stage.start(train.max_tokens) // train.batch_tokens)
         if steps <= stages[-1].first_step:
             raise ValueError(
-                f"train.stages.{i}.from_tokens={stage.from_tokens} is not beyond the stage before it."
+                f"train.stages.{i}.from_tokens={stage.from_tokens} is not beyond the stage before it, "
+                f"with train.max_tokens={train.max_tokens}; train.stages=[] trains without stages."
             )
         base = stages[-1].rope_base if stage.rope_base is None else stage.rope_base
         stages.append(LengthStage(steps, stage.seq_len, base, stage.weights))

@@ -22,7 +22,7 @@ TINY = [
     "data=novels_and_tasks", "model=tiny", "model.num_layers=1", "tokenizer.vocab_size=512",
     "data.sources.novels.path=data/austen/northanger_abbey.txt",
     "data.sources.novels.validation.path=null", "data.sources.novels.validation.fraction=0.02",
-    "train.seq_len=1024", "train.batch_tokens=2048", "train.micro_batch_tokens=2048",
+    "train.stages=[]", "train.seq_len=1024", "train.batch_tokens=2048", "train.micro_batch_tokens=2048",
     "train.validation_tokens=2048", "train.compile=false", "log.wandb=disabled",
 ]  # fmt: skip
 
@@ -175,9 +175,11 @@ def test_a_budget_of_minutes(tmp_path):
     assert "equal tokens" not in (tmp_path / "results.md").read_text()
     assert "max_tokens=120000000" in commands["nsa_8k"]
     assert "max_tokens=40000000" in commands["full_8k_same_time"]
-    assert (
-        "max_steps" in commands["full_8k_speed"] and "max_tokens" not in commands["full_8k_speed"]
-    )
+    assert f"max_tokens={12 * 262144}" in commands["full_8k_speed"]
+    stages = "train.stages=[{from_tokens:0.5,seq_len:16384},{from_tokens:0.75,seq_len:32768}]"
+    comparison = fake(tmp_path / "b", ["data=austen", stages], tokens=None, minutes=2.0)
+    comparison.run()  # a few steps of each length
+    assert f"max_tokens={3 * 12 * 262144}" in trainings(comparison)["nsa_8k_speed"]
 
 
 @pytest.mark.parametrize("budget", [{"tokens": 3_000_000}, {"tokens": None, "minutes": 2.0}])
@@ -294,7 +296,14 @@ def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
         (["tokens=5", "seeds=[-1]"], "whole numbers from 0 up"),
         ([*TINY, "tokens=9999", "recipes=[nsa_8k,'a=nsa_8k attention.topn=9']"], "a: .*topn"),
         ([*TINY, "tokens=5", "recipes=[nsa_8k]"], "nsa_8k: train.max_tokens=5 is less than"),
-        (["minutes=5", "recipes=[nsa_small_64k_stages]"], "trains in stages of different speed"),
+        (
+            [
+                "tokens=99999999",
+                "device=cpu",
+                "recipes=[nsa_8k,'a=nsa_8k train.stages=[{from_tokens:9,seq_len:9}]']",
+            ],
+            "a: its stages begin at numbers of tokens",
+        ),
         (["tokens=5", "views=[steps]"], "choose among tokens and time"),
         (["tokens=5", "evaluate.needles.depths=3"], "there is no eval/needles.py"),
         (["tokens=5", "views=["], "no viable alternative at input"),

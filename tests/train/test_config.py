@@ -43,6 +43,13 @@ def test_every_option_of_a_group_is_valid(group, option):
     check_config(resolved("+experiment=quickstart", f"{group}={option}", "device=cpu", *whole))
 
 
+def test_a_stage_begins_at_tokens_or_at_a_share_of_the_run():
+    stages = "train.stages=[{from_tokens:40960,seq_len:1024},{from_tokens:0.5,seq_len:2048}]"
+    run = check_config(resolved("+experiment=quickstart", "train.max_tokens=819200", stages))
+    per_step = run.train.batch_tokens
+    assert [s.first_step for s in run.stages] == [0, 40960 // per_step, 409600 // per_step]
+
+
 def parameters(raw):
     with torch.device("meta"):
         model = build_decoder(raw["model"], raw["attention"], raw["tokenizer"]["vocab_size"])
@@ -84,6 +91,7 @@ def test_recipes_differ_in_the_attention_alone(family, largest):
         (["parallel=zero3", "train.compile=true"], "choose parallel=zero2"),
         (["log.profile=[5]"], "first step, last step"),
         (["train.stages=[{from_tokens:100,seq_len:1024}]"], "not beyond the stage before it"),
+        (["train.stages=[{from_tokens:1e-9,seq_len:1024}]"], "not beyond the stage before it"),
         (["train.stages=[{from_tokens:40960,seq_len:8192}]"], "not a multiple of seq_len=8192"),
         (["train.stages=[{from_tokens:40960,seqlen:1024}]"], "did you mean train.stages.0.seq_len"),
     ],
