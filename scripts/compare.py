@@ -25,9 +25,11 @@ import re
 import shlex
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -86,6 +88,7 @@ class CompareSettings:
     tokens: int | None
     minutes: float | None
     views: list[str]
+    workers: int
     output_dir: str
     device: Literal["cuda", "cpu"]
     evaluate: dict
@@ -101,6 +104,13 @@ class CompareSettings:
             raise ValueError("Give the budget as tokens=… or as minutes=…, one of the two.")
         if not self.views or not set(self.views) <= {"tokens", "time"}:
             raise ValueError(f"views={self.views}; choose among tokens and time.")
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers}; it must be at least 1.")
+        if self.workers > 1 and (self.minutes is not None or self.views != ["tokens"]):
+            raise ValueError(
+                f"workers={self.workers}: trainings that share a machine slow each other down, so "
+                "no time can be given to one; compare with tokens=… and views=[tokens]."
+            )
         for name in self.evaluate:
             if not (ROOT / "eval" / f"{name}.py").is_file():
                 raise ValueError(f"evaluate.{name}: there is no eval/{name}.py.")
@@ -121,8 +131,9 @@ class Comparison:
         self._check_same()
         self.steps_path = self.folder / "steps.json"
         self.steps = json.loads(self.steps_path.read_text()) if self.steps_path.exists() else {}
-        self.child: subprocess.Popen | None = None
+        self.children: set[subprocess.Popen] = set()
         self.stopped = 0  # by this signal
+        self.lock = threading.Lock()  # around the steps' file and the pages
 
     def _check_same(self) -> None:
         """Raises ValueError if the folder holds runs of another budget or with other overrides.
@@ -196,6 +207,16 @@ class Comparison:
         first, *others = self.recipes
         views, seeds = self.settings.views, self.settings.seeds
         budget = {"tokens": self.settings.tokens}
+        if self.settings.workers > 1:
+            with ThreadPoolExecutor(self.settings.workers) as pool:
+                runs = [
+                    pool.submit(self.train, recipe, recipe.run(seed), seed, budget)
+                    for seed in seeds
+                    for recipe in self.recipes
+                ]
+            for run in runs:
+                run.result()  # raises what it raised
+            return self.report()
         if self.settings.minutes is not None:
             budget = self.budget(60 * self.settings.minutes, self.short_run(first))
         for seed in seeds:
@@ -275,29 +296,36 @@ class Comparison:
         command = [script, *arguments, where]
         print(f"\n$ python {shlex.join(command)}", flush=True)
         started, status = time.time(), None
+        log = self.folder / f"{name}.log" if self.settings.workers > 1 else None
         if not self.stopped:
-            self.child = subprocess.Popen(
-                [sys.executable, *command],
-                cwd=ROOT,
-                preexec_fn=_as_child,
-                pass_fds=self.inherited,
-            )
-            if self.stopped:  # while it was being started
-                self.child.terminate()
-            status = self.child.wait()
+            with open(log, "a") if log else nullcontext() as output:
+                child = subprocess.Popen(
+                    [sys.executable, *command],
+                    cwd=ROOT,
+                    stdout=output,
+                    stderr=output,
+                    preexec_fn=_as_child,
+                    pass_fds=self.inherited,
+                )
+                self.children.add(child)
+                if self.stopped:  # while it was being started
+                    child.terminate()
+                status = child.wait()
+                self.children.remove(child)
         if self.stopped:
-            print("stopped; the same command goes on from here", flush=True)
             sys.exit(128 + self.stopped)
         if status:
-            raise ChildProcessError(f"{name}: {script} ended with status {status}; see above.")
-        self.steps[key] = round(time.time() - started, 1)
-        _write(self.steps_path, json.dumps(self.steps, indent=1))
+            where = f"see {log}" if log else "see above"
+            raise ChildProcessError(f"{name}: {script} ended with status {status}; {where}.")
+        with self.lock:
+            self.steps[key] = round(time.time() - started, 1)
+            _write(self.steps_path, json.dumps(self.steps, indent=1))
 
     def stop(self, number: int, frame) -> None:
-        """End the child, before which a training saves, and this process with it."""
+        """End the children, before which a training saves, and this process with them."""
         self.stopped = number
-        if self.child:
-            self.child.terminate()
+        for child in tuple(self.children):
+            child.terminate()
 
     def report(self) -> None:
         """Pages and tables of what has been trained so far."""
@@ -316,8 +344,9 @@ class Comparison:
             for view in names
         }
         folders = list(dict.fromkeys(folder for group in views.values() for folder in group))
-        write_comparison(folders, self.folder / "report.html", views)
-        write_results(views, self.folder, self.command)
+        with self.lock:
+            write_comparison(folders, self.folder / "report.html", views)
+            write_results(views, self.folder, self.command)
 
 
 @contextmanager
@@ -379,7 +408,11 @@ def main(arguments: list[str]) -> None:
             comparison.check()
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, comparison.stop)
-            comparison.run()
+            try:
+                comparison.run()
+            finally:
+                if comparison.stopped:
+                    print("stopped; the same command goes on from here", flush=True)
     except (HydraException, ValueError, OSError) as error:
         message = str(error).splitlines()[0]
         if isinstance(error, HydraException) and any(a.startswith("recipes=") for a in ours):

@@ -29,7 +29,7 @@ TINY = [
 
 def test_two_recipes_end_to_end(tmp_path, monkeypatch):
     recipes = "recipes=[nsa_small_64k,'coarse=nsa_small_64k attention.compress_block=64']"
-    arguments = [recipes, "tokens=6144", f"output_dir={tmp_path}", *TINY]
+    arguments = [recipes, "tokens=6144", "workers=2", f"output_dir={tmp_path}", *TINY]
     done = subprocess.run(
         [sys.executable, "scripts/compare.py", *arguments], cwd=ROOT, capture_output=True, text=True
     )
@@ -112,8 +112,9 @@ class Fake(Comparison):
 
 def fake(tmp_path, overrides=("data=austen",), **changes):
     settings = dict(
-        recipes=["nsa_8k", "full_8k"], seeds=[0], tokens=3_000_000, minutes=None, views=["tokens", "time"],
-        output_dir=str(tmp_path), device="cpu", evaluate={"position": {"length": 64}},
+        recipes=["nsa_8k", "full_8k"], seeds=[0], tokens=3_000_000, minutes=None, workers=1,
+        views=["tokens", "time"], output_dir=str(tmp_path), device="cpu",
+        evaluate={"position": {"length": 64}},
     )  # fmt: skip
     return Fake(CompareSettings(**settings | changes), list(overrides), "the command")
 
@@ -305,6 +306,7 @@ def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
             "a: its stages begin at numbers of tokens",
         ),
         (["tokens=5", "views=[steps]"], "choose among tokens and time"),
+        (["tokens=5", "workers=2"], "no time can be given to one"),
         (["tokens=5", "evaluate.needles.depths=3"], "there is no eval/needles.py"),
         (["tokens=5", "views=["], "no viable alternative at input"),
         (["tokens=5", "recipes=[a=nsa_8k]"], "with = in it needs quotes of its own"),
