@@ -63,6 +63,13 @@ class Run:
     def name(self) -> str:
         return str(self.config.get("name") or self.folder.resolve().name)
 
+    @property
+    def lengths(self) -> str:
+        """The lengths of its sequences, stage by stage; empty if it does not say."""
+        train = self.config.get("train", {})
+        stages = [train, *train.get("stages", [])]
+        return ", then ".join(f"{x['seq_len']:,}" for x in stages if "seq_len" in x)
+
 
 @dataclass(frozen=True)
 class ReportSettings:
@@ -197,10 +204,9 @@ def _page(title: str, body: str) -> str:
 
 def _header(run: Run) -> str:
     attention = str(run.config.get("attention", {}).get("_target_", "")).rpartition(".")[2]
-    seq_len = run.config.get("train", {}).get("seq_len")
     parts = [attention] if attention else []
-    if seq_len:
-        parts.append(f"sequences of {seq_len:,} tokens")
+    if run.lengths:
+        parts.append(f"sequences of {run.lengths} tokens")
     if run.training:
         parts.append(f"step {run.training[-1]['step']:,}")
     return f"<header><h1>{escape(run.name)}</h1><p>{escape(' · '.join(parts))}</p></header>"

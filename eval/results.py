@@ -91,11 +91,11 @@ def _setting(runs: Sequence[Run]) -> str:
     names = ("device", "torch", "triton", "deepspeed", "commit")
     found = {name: [str(run.environment.get(name) or "unknown") for run in runs] for name in names}
     facts = [f"{name}: {' / '.join(dict.fromkeys(values))}" for name, values in found.items()]
-    data, config = runs[0].data, runs[0].config
+    data = runs[0].data
     weights = data.get("weights", {})
     shares = ", ".join(f"{name} {w / sum(weights.values()):.0%}" for name, w in weights.items())
     facts.append(f"data: {data.get('name', 'unknown')}{f' ({shares})' if shares else ''}")
-    facts.append(f"sequences: {config['train']['seq_len']:,} tokens")
+    facts.append(f"sequences: {runs[0].lengths} tokens")
     return "; ".join(facts) + f". {LOSS_NOTE}"
 
 
