@@ -42,6 +42,30 @@ NEEDLES = (
     ("{key}: {value}.", "{key}:"),
     ("They counted {value} steps to the door of {key}.", "To the door of {key}, the steps number"),
 )
+# Wordings by the thousand, so that what is learnt is to say again what followed, not a list of twelve.
+SUBJECTS = (
+    "badge ballot bill cabin card coupon crate deposit docket engine fare file flight folio frequency "
+    "invoice lease level licence lot meter model order page permit plate platform plot policy prize "
+    "quota receipt route row score serial shelf shift slot stamp stock table tag tally target ticket "
+    "toll track tray unit vault verse vote voucher ward weight zone"
+).split()
+MEASURES = "number code count figure index key mark rank reference sum total value".split()
+HEADS = (
+    "The {subject} {measure} of {key} is",
+    "The {subject} {measure} for {key}:",
+    "{key} has the {subject} {measure}",
+    "{key}'s {subject} {measure} was",
+    "It is known that {key} took {subject} {measure}",
+    "Anyone who asks for {key} is sent to {subject} {measure}",
+    "As to {key}, the {subject} {measure} came to",
+    "Of {key} they noted this {subject} {measure}:",
+    "Where {key} is concerned, {subject} {measure} equals",
+    "A clerk gave {key} the {subject} {measure}",
+)
+ASKING = (
+    "", "", "", "Once more: ", "Which one was it? ", "From the pages before: ", "What was said of {key}? ",
+    "Look up the {subject} {measure} again. ", "Question: which {subject} {measure} has {key}? Answer: ",
+)  # fmt: skip
 COPY = ("\n\nThe same once more, from the beginning:\n\n", "\n\n=== copy ===\n\n", "\n\nAgain:\n")
 ONSETS = "b br d dr f g gr h j k kl l m n p pr r s st t tr v w z".split()
 VOWELS = "a e i o u ai ea oo".split()
@@ -77,13 +101,19 @@ def passkey(rng: random.Random, _: int) -> tuple[list[str], str]:
     return [statement.format(value=value)], f"{question} {value}."
 
 
-def needle(rng: random.Random, most: int) -> tuple[list[str], str]:
-    """Facts in several wordings, of which some are asked for."""
-    facts = []
-    for key, value in _pairs(rng, most).items():
+def _fact(rng: random.Random, key: str, value: str) -> tuple[str, str]:
+    """A statement, and a question with its answer: in other words, or after the statement's own."""
+    if rng.random() < 0.5:
         statement, question = rng.choice(NEEDLES)
-        question = f"{question.format(key=key)} {value}."
-        facts.append((statement.format(key=key, value=value), question))
+        return statement.format(key=key, value=value), f"{question.format(key=key)} {value}."
+    words = {"key": key, "subject": rng.choice(SUBJECTS), "measure": rng.choice(MEASURES)}
+    statement = f"{rng.choice(HEADS).format(**words)} {value}."
+    return statement, rng.choice(ASKING).format(**words) + statement
+
+
+def needle(rng: random.Random, most: int) -> tuple[list[str], str]:
+    """Facts in many wordings, of which some are asked for."""
+    facts = [_fact(rng, key, value) for key, value in _pairs(rng, most).items()]
     asked = rng.sample(facts, rng.randint(1, len(facts)))
     return [statement for statement, _ in facts], " ".join(question for _, question in asked)
 

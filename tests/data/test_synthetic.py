@@ -121,6 +121,13 @@ def test_training_and_evaluation_share_no_wording_and_no_key():
     assert not names & {word for string in theirs for word in string.split()}
 
 
+def test_needles_come_in_many_wordings(loader, tokenizer):
+    endings = [t.rsplit("\n\n", 1)[1] for t in documents(loader(["needle"]), tokenizer, samples=60)]
+    questions = re.findall(r"([^.?]+?) \d{4,}\.", " ".join(endings))
+    wordings = {re.sub(r"[A-Z][a-z]+-[A-Z][a-z]+", "{key}", q) for q in questions}
+    assert len(questions) > 200 and len(wordings) > len(questions) / 4
+
+
 def test_depths_are_spread_over_the_document(loader, tokenizer):
     depths = []
     for text in documents(loader(["passkey"], seq_len=1024), tokenizer, samples=60):
