@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from eval.report import Run
 
 BUDGET = "budget.json"  # in the folder of a run that was given a time, by scripts/compare.py
+SHARED = "shared.json"  # in the folder of a run that trained beside others, by the same script
 SLACK = 0.05  # of that time, until a page says that it was not kept
 UNEQUAL = 1.02  # times the parameters of the smallest model, until a page says so
 Points = list[tuple[float, float]]
@@ -37,8 +38,9 @@ def comparison(runs: Sequence[Run], views: Mapping[str, Sequence[Run]]) -> str:
     if views and (budgets := budget_rows(runs)):
         notes = "".join(f"<p>{escape(note)}</p>" for note in budget_notes(runs))
         losses += f"<h2>Time budgets</h2>{notes}<figure>{table(budgets)}</figure>"
-    note = f"<p>{escape(said)}</p>" if views and (said := size_note(runs)) else ""
-    overview = f"<h2>Overview</h2>{note}<figure>{table(overview_rows(runs))}</figure>"
+    said = filter(None, [size_note(runs) if views else "", shared_note(runs)])
+    notes = "".join(f"<p>{escape(note)}</p>" for note in said)
+    overview = f"<h2>Overview</h2>{notes}<figure>{table(overview_rows(runs))}</figure>"
     return (
         f"<header><h1>Comparison</h1><p>{escape(names)}</p></header>"
         f"{losses}{overview}{_curves(runs, lines_note(views))}{_needles(runs)}{long_context(runs)}"
@@ -170,6 +172,17 @@ def budget_notes(runs: Sequence[Run]) -> list[str]:
                 "of steps."
             )
     return notes
+
+
+def shared_note(runs: Sequence[Run]) -> str:
+    """That speeds are no measure of runs that trained beside each other; empty without such runs."""
+    names = [run.name for run in runs if (run.folder / SHARED).is_file()]
+    return (
+        f"These shared a machine while they trained, which slowed them: {', '.join(names)}. "
+        "Times and tokens/s say nothing of their recipes."
+        if names
+        else ""
+    )
 
 
 def _budgets(runs: Sequence[Run]) -> list[tuple[Run, dict, float]]:

@@ -20,6 +20,7 @@ from eval.compare import (
     overview_rows,
     ruler_rows,
     seed_rows,
+    shared_note,
     size_note,
 )
 from eval.heatmap import save_heatmaps
@@ -51,7 +52,7 @@ def write_results(views: Mapping[str, Sequence[Path]], folder: Path, command: st
         parts += ["## Time budgets", *budget_notes(runs), markdown(rows)]
     parts += [
         "## Speed and memory",
-        *filter(None, [size_note(runs)]),
+        *filter(None, [size_note(runs), shared_note(runs)]),
         markdown(overview_rows(runs)),
     ]
     for title, group in groups.items():

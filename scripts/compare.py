@@ -39,7 +39,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from data.config import ROOT, command_line, from_config, resolve_path
-from eval.compare import BUDGET, clock
+from eval.compare import BUDGET, SHARED, clock
 from eval.report import load_run, write_comparison
 from eval.results import write_results
 from train.config import check_config
@@ -297,6 +297,9 @@ class Comparison:
         print(f"\n$ python {shlex.join(command)}", flush=True)
         started, status = time.time(), None
         log = self.folder / f"{name}.log" if self.settings.workers > 1 else None
+        if training and log:
+            (self.folder / name).mkdir(exist_ok=True)
+            _write(self.folder / name / SHARED, json.dumps({"workers": self.settings.workers}))
         if not self.stopped:
             with open(log, "a") if log else nullcontext() as output:
                 child = subprocess.Popen(
@@ -338,7 +341,7 @@ class Comparison:
             ]
             for view in self.settings.views
         }
-        trained = {key.partition(": train/")[0] for key in self.steps}
+        trained = {key.partition(": train/")[0] for key in tuple(self.steps)}
         views = {
             f"equal {view}": [self.folder / name for name in names[view] if name in trained]
             for view in names

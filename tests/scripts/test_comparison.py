@@ -41,8 +41,10 @@ def test_two_recipes_end_to_end(tmp_path, monkeypatch):
         "novels 80%, tasks 20%",
         "Needle",
         "scripts/compare",
+        "These shared a machine while they trained, which slowed them: nsa_small_64k, coarse.",
     ):
         assert words in text, words
+    assert "These shared a machine" in (tmp_path / "report.html").read_text()
     config = yaml.safe_load((tmp_path / "coarse/config.yaml").read_text())
     assert config["attention"]["compress_block"] == 64 and config["seed"] == 0
     assert "Loss at equal tokens" in (tmp_path / "report.html").read_text()
@@ -166,6 +168,30 @@ def test_each_seed_with_the_budgets_of_the_first(tmp_path):
     assert f"| full_8k | 2 | {mean} | {full[0] - nsa[0]:+.4f} |" in text
     assert "| full_8k_same_time | 2 |" in text and "needle generated" not in text
     assert "over seeds" in (tmp_path / "report.html").read_text()
+
+
+def test_several_at_a_time_take_the_same_steps(tmp_path):
+    how = dict(views=["tokens"], seeds=[0, 1, 2, 3], recipes=["nsa_8k", "full_8k", "sliding_8k"])
+    one, four = fake(tmp_path / "one", **how), fake(tmp_path / "four", workers=4, **how)
+    one.run()
+    four.run()
+    assert sorted(four.steps) == sorted(one.steps)
+    assert "shared a machine" not in (tmp_path / "one" / "results.md").read_text()
+
+
+def test_one_that_fails_does_not_stop_those_beside_it(tmp_path):
+    comparison = fake(tmp_path, views=["tokens"], seeds=[0, 1, 2], workers=2)
+    step = comparison.step
+
+    def fail(name, *rest, **how):
+        if name == "nsa_8k":
+            raise ChildProcessError("nsa_8k: ended with status 1.")
+        step(name, *rest, **how)
+
+    comparison.step = fail
+    with pytest.raises(ChildProcessError, match="nsa_8k: ended"):
+        comparison.run()
+    assert len(trainings(comparison)) == 5
 
 
 def test_a_budget_of_minutes(tmp_path):
