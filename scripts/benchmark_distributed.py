@@ -187,10 +187,11 @@ def disturbed(bench: Bench, number: int, recipe: list[str]) -> dict:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     text = (bench.runs / f"{name}.log").read_text()
-    said = [line for line in text.splitlines() if "stopped by" in line or line.startswith("error:")]
+    telling = "stopped by", "error: ", "received by PID"  # the last is torchrun's
+    said = [line.strip() for line in text.splitlines() if any(words in line for words in telling)]
     whole = sorted(p.parent.name for p in (bench.runs / name).glob("checkpoints/step_*/state.json"))
     return {
-        "seconds_to_end": seconds, "status": status, "said": said[:2], "checkpoints": whole,
+        "seconds_to_end": seconds, "status": status, "said": said[:4], "checkpoints": whole,
     }  # fmt: skip
 
 
