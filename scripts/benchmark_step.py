@@ -52,10 +52,14 @@ VARIANTS = {  # name: (overrides, bare loop?, profile?)
     ),
 }  # fmt: skip
 SIZES = ("seq_len", "micro_batch_tokens", "batch_tokens")  # equal: steps of one sequence
-for name, n in (*(("nsa", n) for n in (32, 64, 128, 256)), ("full", 64), ("sliding", 64)):
-    overrides = [f"+experiment={name}_small_64k", "train.stages=[]"]
-    overrides += [f"train.{size}={n << 10}" for size in SIZES]
-    VARIANTS[f"{name} small at {n}k"] = overrides, False, False
+VARIANTS |= {
+    f"{name} small at {n}k": (
+        [f"+experiment={name}_small_64k", "train.stages=[]", *(f"train.{s}={n << 10}" for s in SIZES)],
+        False, False,
+    )
+    for name, lengths in {"nsa": (32, 64, 128, 256), "full": (64,), "sliding": (64,)}.items()
+    for n in lengths
+}  # fmt: skip
 
 
 class BareLoop:
