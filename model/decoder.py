@@ -32,7 +32,7 @@ from model.parallel import HeadExchange, check_heads
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); and the attention's lesson."""
 
     def __init__(self, dim: int, ffn_dim: int, attention: Attention, norm_eps: float):
         super().__init__()
@@ -44,16 +44,19 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, rope: Rope, cu_seqlens: Tensor, max_seqlen: int, cache: LayerCache | None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         inputs = x, rope, cu_seqlens, max_seqlen, cache
         if self.recompute == "none" or not self.training:
             return self.run(*inputs)
         contexts = {"context_fn": _keep_attention} if self.recompute == "selective" else {}
         return checkpoint(self.run, *inputs, use_reentrant=False, **contexts)
 
-    def run(self, x, rope, cu_seqlens, max_seqlen, cache) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, cu_seqlens, max_seqlen, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+    def run(self, x, rope, cu_seqlens, max_seqlen, cache) -> tuple[Tensor, Tensor | None]:
+        attended, lesson = self.attention(
+            self.attention_norm(x), rope, cu_seqlens, max_seqlen, cache
+        )
+        x = x + attended
+        return x + self.feed_forward(self.ffn_norm(x)), lesson
 
 
 # Outputs of the operators that cost the most to compute again, for what they take to keep.
@@ -180,10 +183,13 @@ class Decoder(nn.Module):
         tokens and positions int64 [T], positions restart at each document; cu_seqlens int32
         [documents + 1]; max_seqlen the longest document.
         """
-        x = self.hidden(tokens, positions, cu_seqlens, max_seqlen)
+        x, lesson = self.run(tokens, positions, cu_seqlens, max_seqlen)
         if targets is None:
             return self.logits(x)
-        return linear_cross_entropy(x, self.output_weight, targets, self.z_loss, self.logit_softcap)
+        loss = linear_cross_entropy(x, self.output_weight, targets, self.z_loss, self.logit_softcap)
+        if lesson is None:
+            return loss
+        return loss._replace(objective=loss.objective + lesson, lesson=lesson.detach())
 
     def hidden(
         self,
@@ -194,11 +200,25 @@ class Decoder(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """Final hidden states [T, dim], normed. With a cache, tokens are each sequence's new ones."""
+        return self.run(tokens, positions, cu_seqlens, max_seqlen, cache)[0]
+
+    def run(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What `hidden` gives, and the sum of the attentions' lessons, fp32, or None without any."""
         x, rope = self.embedding(tokens), self.rotary(positions)
+        lessons = []
         for i, block in enumerate(self.blocks):
             layer = cache.layers[i] if cache else None
-            x = block(x, rope, cu_seqlens, max_seqlen, layer)
-        return self.norm(x)
+            x, lesson = block(x, rope, cu_seqlens, max_seqlen, layer)
+            if lesson is not None:
+                lessons.append(lesson)
+        return self.norm(x), sum(lessons) if lessons else None
 
     def recompute(self, what: Literal["none", "full", "selective"]) -> None:
         """Activation checkpointing: what a block computes again in the backward pass instead of

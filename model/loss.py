@@ -14,12 +14,14 @@ CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 22}
 
 
 class Loss(NamedTuple):
-    """objective: the scalar to minimise. nll_sum, z_sum, count: fp32 sums over scored positions."""
+    """objective: the scalar to minimise. nll_sum, z_sum, count: fp32 sums over scored positions.
+    lesson: what the objective holds of the attentions' own, weighed."""
 
     objective: Tensor
     nll_sum: Tensor
     z_sum: Tensor
     count: Tensor
+    lesson: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -101,4 +103,5 @@ def linear_cross_entropy(
     the same however it is cut into micro-batches and ranks.
     """
     objective, nll_sum, z_sum = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, softcap)
-    return Loss(objective, nll_sum, z_sum, (targets != IGNORED).sum().float())
+    count = (targets != IGNORED).sum().float()
+    return Loss(objective, nll_sum, z_sum, count, lesson=torch.zeros_like(nll_sum))

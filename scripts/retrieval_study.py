@@ -47,7 +47,7 @@ from data.recall_chain import KEYS, VOCABULARY, Sequences, make_sequences
 from eval.compare import mean_and_range
 from model.build import build_decoder
 from model.decoder import Decoder
-from model.importance import ImportanceTeacher
+from model.importance import DenseSelection
 from model.probe import BlockRecall
 from train.optimizer import OptimizerConfig, build_optimizer
 from train.telemetry import measurement
@@ -68,7 +68,7 @@ SIZES = [
 ]  # fmt: skip
 
 
-def variants() -> dict[str, list[str]]:
+def variants(selection_kl: float = 0.0) -> dict[str, list[str]]:
     """Overrides by name: the controls with and without the convolution, and for NSA
     `<phi> <l>/<d> G<query heads per key/value head>`, with and without."""
     found = {}
@@ -84,6 +84,7 @@ def variants() -> dict[str, list[str]]:
                 "attention=nsa_small", f"attention.compression={phi}",
                 f"attention.compress_block={length}", f"attention.compress_stride={stride}",
                 f"model.num_kv_heads={QUERY_HEADS // group}", f"model.kv_conv={conv}",
+                f"attention.selection_kl={selection_kl}",
             ]  # fmt: skip
     return found
 
@@ -111,8 +112,8 @@ class Settings:
             raise ValueError(
                 f"--pairs {self.pairs}: sequences of {self.length} tokens take 1 to {most}."
             )
-        if self.compile and (self.selection_kl or self.dense_warmup):
-            raise ValueError("--selection-kl and --dense-warmup do not work with --compile.")
+        if self.compile and self.dense_warmup:
+            raise ValueError("--dense-warmup does not work with --compile.")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -139,10 +140,12 @@ class Packed:
         ends = torch.arange(0, count * length + 1, length, dtype=torch.int32)
         self.cu_seqlens = ends.to(device)
 
-    def logits(self, model: Decoder, tokens: Tensor) -> Tensor:
-        """tokens [batch, T] -> fp32 [batch, T, vocab]"""
+    def run(self, model: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor | float]:
+        """tokens [batch, T] -> logits fp32 [batch, T, vocab], and the lesson in what to select"""
         inputs = tokens.flatten(), self.positions, self.cu_seqlens, self.length
-        return model(*inputs).float().view(*tokens.shape, -1)
+        hidden, lesson = model.run(*inputs)
+        logits = model.logits(hidden).float().view(*tokens.shape, -1)
+        return logits, 0.0 if lesson is None else lesson
 
 
 def losses(logits: Tensor, part: Sequences) -> tuple[Tensor, Tensor]:
@@ -157,12 +160,11 @@ def losses(logits: Tensor, part: Sequences) -> tuple[Tensor, Tensor]:
     return chain, (recall * asked).sum() / asked.sum()
 
 
-def objective(model, packed: Packed, part: Sequences, dense: bool, settings: Settings) -> Tensor:
+def objective(model, packed: Packed, part: Sequences, dense: bool) -> Tensor:
     """What is minimised; `dense`: the selected branch sees all tokens."""
-    teacher = ImportanceTeacher(dense, learn=settings.selection_kl > 0)
-    with teacher if dense or teacher.learn else nullcontext():
-        chain, asked = losses(packed.logits(model, part.tokens), part)
-    return chain + asked + settings.selection_kl * teacher.loss
+    with DenseSelection() if dense else nullcontext():
+        logits, lesson = packed.run(model, part.tokens)
+    return sum(losses(logits, part)) + lesson
 
 
 class CapturedPass:
@@ -231,10 +233,10 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict:
         dense = step < settings.dense_warmup * settings.steps
         if device.type == "cpu":
             model.zero_grad()
-            objective(model, packed, part, dense, settings).backward()
+            objective(model, packed, part, dense).backward()
         else:
             if dense not in captured:
-                captured[dense] = CapturedPass(model, packed, part, dense, settings)
+                captured[dense] = CapturedPass(model, packed, part, dense)
             captured[dense](part)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -259,12 +261,13 @@ def evaluate(model, packed: Packed, held_out: Sequences, settings: Settings, dev
     """Losses, accuracy overall and by distance (from a power of two to the next), and the block
     recall of pairs at least an eighth of the length apart, by layer."""
     chain, asked, right, distances, shares = [], [], [], [], []
+    model.eval()
     for start in range(0, len(held_out.tokens), settings.batch):
         part = Sequences(*(x[start : start + settings.batch].to(device) for x in held_out))
         row = torch.arange(settings.batch, device=device)[:, None] * settings.length
         queries, values = (x[part.whole] for x in (row + part.second, row + part.first + 1))
         with BlockRecall(queries, values) as probe:
-            logits = packed.logits(model, part.tokens)
+            logits, _ = packed.run(model, part.tokens)
         for total, loss in zip((chain, asked), losses(logits, part), strict=True):
             total.append(float(loss))
         hit = logits[:, :-1].argmax(-1) == part.tokens[:, 1:]
@@ -272,6 +275,7 @@ def evaluate(model, packed: Packed, held_out: Sequences, settings: Settings, dev
         distances.append((part.second - part.first)[part.whole].cpu())
         if probe.found:
             shares.append(torch.stack([*probe.shares().values()]).cpu())
+    model.train()
     correct, distance = torch.cat(right).float(), torch.cat(distances)
     bucket = distance.log2().int()
     result = {
@@ -402,13 +406,14 @@ def main() -> None:
     add("--steps", type=int, default=1200, help="of a run")
     add("--warmup", type=int, default=100, help="steps in which the learning rate rises")
     add("--compile", action="store_true", help="torch.compile: half a minute each, then faster")
-    add("--selection-kl", type=float, default=0.0, help="weight of model/importance.py's lesson")
+    add("--selection-kl", type=float, default=0.0, help="attention.selection_kl of all with NSA")
     add("--dense-warmup", type=float, default=0.0, help="share of steps in which NSA selects all")
     add("overrides", nargs="*", help="of conf/, added to every variant and its name")
     options = parser.parse_args()
     if any("=" in pattern for pattern in options.only):
         sys.exit("error: --only takes names of variants; overrides come first, before all options")
-    chosen = {n: o for n, o in variants().items() if any(fnmatch(n, p) for p in options.only)}
+    known = variants(options.selection_kl)
+    chosen = {n: o for n, o in known.items() if any(fnmatch(n, p) for p in options.only)}
     if options.list:
         return print("\n".join(chosen))
     if not chosen:

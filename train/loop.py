@@ -172,7 +172,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         # The rate at the middle of the step's tokens, so that the first step already moves.
         lr = run.lr(state.tokens + settings.batch_tokens / 2)
         engine.set_lr(lr)
-        sums = torch.zeros(3, device=device)
+        sums = torch.zeros(4, device=device)
         for i in range(accumulation):
             if stop.agreed():
                 break
@@ -181,13 +181,13 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             loss = engine(batch)
             watch.lap("forward")
             engine.backward(loss)
-            sums += torch.stack([loss.nll_sum, loss.z_sum, loss.count])
+            sums += torch.stack([loss.nll_sum, loss.z_sum, loss.count, loss.lesson])
             watch.lap("backward")
             if i < accumulation - 1:
                 engine.step()
         else:
             dist.all_reduce(sums)
-            nll, z_sum, count = sums.tolist()
+            nll, z_sum, count, lesson = sums.tolist()
             mean = nll / count if count else math.nan
             step = engine.step(
                 lambda norm, loss=mean: spike(loss, norm, state.recent, settings.spike_sigma),
@@ -216,6 +216,8 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             }  # fmt: skip
             if model.z_loss:
                 metrics["z_loss"] = model.z_loss * z_sum / count
+            if lesson:
+                metrics["selection_kl"] = lesson / (accumulation * ranks.world_size)
             if step.update_norm is not None:
                 metrics["update_norm"] = step.update_norm
             if peak:

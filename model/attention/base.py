@@ -63,8 +63,8 @@ class Attention(nn.Module, ABC):
         cu_seqlens: Tensor,
         max_seqlen: int,
         cache: LayerCache | None = None,
-    ) -> Tensor:
-        """x [T, dim] -> [T, dim] over packed documents.
+    ) -> tuple[Tensor, Tensor | None]:
+        """x [T, dim] -> [T, dim] over packed documents, and the lesson of `attend`.
 
         With a cache, x holds only the new tokens of each sequence and the cache the earlier ones.
         """
@@ -80,10 +80,13 @@ class Attention(nn.Module, ABC):
                 branches.items(), projected[::2], projected[1::2], strict=True
             )
         ]
-        out = self.attend(q, keys_values, branch_gates, cu_seqlens, max_seqlen, cache).flatten(1)
+        out, lesson = self.attend(q, keys_values, branch_gates, cu_seqlens, max_seqlen, cache), None
+        if isinstance(out, tuple):
+            out, lesson = out
+        out = out.flatten(1)
         if gate is not None:
             out = out * torch.sigmoid(gate)
-        return self.out_proj(out)
+        return self.out_proj(out), lesson
 
     def to_heads(self, *tensors: Tensor) -> Sequence[Tensor]:
         """[tokens, heads, D] each, contiguous, as kernels read them: under sequence parallelism all
@@ -105,9 +108,10 @@ class Attention(nn.Module, ABC):
         cu_seqlens: Tensor,
         max_seqlen: int,
         cache: LayerCache | None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Rotated queries q [T, H, D], k and v [T, Hkv, D] of every branch, in the order of their
-        making, and what `branch_gates` made of the input -> [T, H, D]."""
+        making, and what `branch_gates` made of the input -> [T, H, D]; in training perhaps with a
+        lesson, an fp32 scalar that the loss grows by."""
 
     @abstractmethod
     def flops(self, tokens: int) -> int:

@@ -16,6 +16,7 @@ from kernels.nsa.ops import attention_flops, nsa_attention
 from kernels.nsa.reference import nsa_cached
 from model.attention.base import Attention
 from model.cache import LayerCache
+from model.importance import selection_kl
 
 ALL_HEADS = slice(None)
 
@@ -87,6 +88,7 @@ class NSAAttention(Attention):
     """Three branches with their own keys and values, joined by sigmoid gates of the input.
 
     The gates' layer starts at zero, so that training begins with every branch at one half.
+    selection_kl > 0 weighs a lesson in what to select (model/importance.py).
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class NSAAttention(Attention):
         num_initial: int = 1,
         num_local: int = 2,
         compression: str = "gated_mean",
+        selection_kl: float = 0.0,
         **shared,
     ):
         super().__init__(dim, **shared)
@@ -111,6 +114,9 @@ class NSAAttention(Attention):
             raise ValueError(
                 f"attention.compression={compression}: choose one of {', '.join(COMPRESSIONS)}."
             )
+        if selection_kl < 0:
+            raise ValueError(f"attention.selection_kl={selection_kl}; it must be at least 0.")
+        self.selection_kl = selection_kl
         phi = COMPRESSIONS[compression]
         self.compressed, self.selected, self.local = (self.key_value(dim) for _ in range(3))
         self.compress_k = phi(self.num_kv_heads, self.head_dim, self.geometry)
@@ -144,7 +150,11 @@ class NSAAttention(Attention):
             q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, max_seqlen,
             self.geometry, self.scale,
         )  # fmt: skip
-        return self.to_tokens(out)
+        out = self.to_tokens(out)
+        if not (self.training and self.selection_kl):
+            return out
+        lesson = selection_kl(q, k_cmp, k_sel, cu_seqlens, self.geometry, self.scale)
+        return out, self.selection_kl * lesson
 
     def _block_caches(self, cache: LayerCache, raw: dict[str, Tensor]) -> tuple[list[Tensor], ...]:
         """Of keys and values: compressed rows [B, capacity, Hkv, D], and the last l tokens, of which

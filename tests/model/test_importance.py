@@ -7,36 +7,34 @@ import torch
 
 from kernels.nsa.geometry import Geometry
 from model.build import build_decoder
-from model.importance import LONGEST, ImportanceTeacher, selection_kl
+from model.importance import QUERIES, DenseSelection, selection_kl, taught_queries
 from tests.model.test_decoder import MODEL, NSA, VOCAB, make_documents, pack
 
-GEOMETRY = Geometry(4, 2, 4, 3, 8, 1, 1)
 
-
-@pytest.fixture
-def model():
+def make_model(**attention):
     torch.manual_seed(0)
-    model = build_decoder(MODEL, NSA, VOCAB).double()
+    model = build_decoder(MODEL, NSA | attention, VOCAB).double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return model
 
 
-def by_hand(q, k_cmp, k_sel, scale):
+def by_hand(q, k_cmp, k_sel, geometry, scale):
     """One document, one token and key/value head at a time."""
     total, groups = 0.0, q.shape[1] // k_sel.shape[1]
+    length, stride, size = geometry.compress_block, geometry.compress_stride, geometry.select_block
     for head in range(k_sel.shape[1]):
         for t in range(len(q)):
-            free = range(GEOMETRY.num_initial, t // 4 - GEOMETRY.num_local + 1)
-            target, importance = torch.zeros(2, len(q) // 4 + 1, dtype=q.dtype)
+            free = range(geometry.num_initial, t // size - geometry.num_local + 1)
+            target, importance = torch.zeros(2, len(q) // size + 1, dtype=q.dtype)
             for row in q[t, head * groups : (head + 1) * groups]:
                 for s, p in enumerate((k_sel[: t + 1, head] @ row * scale).softmax(0)):
-                    target[s // 4] += p / groups
-                seen = k_cmp[: max(0, (t - 3) // 2 + 1), head]
+                    target[s // size] += p / groups
+                seen = k_cmp[: max(0, (t + 1 - length) // stride + 1), head]
                 for i, p in enumerate((seen @ row * scale).softmax(0)):
-                    for s in range(2 * i, 2 * i + 4):
-                        importance[s // 4] += p
+                    for s in range(stride * i, stride * i + length):
+                        importance[s // size] += p
             if free:
                 target, importance = target[list(free)], importance[list(free)]
                 mass = target.sum()
@@ -45,47 +43,71 @@ def by_hand(q, k_cmp, k_sel, scale):
     return total / (len(q) * k_sel.shape[1])
 
 
-def test_the_lesson_against_a_count_by_hand():
+@pytest.mark.parametrize("geometry", [Geometry(4, 2, 4, 3, 8, 1, 1), Geometry(8, 2, 4, 4, 8, 0, 2)])
+def test_the_lesson_against_a_count_by_hand(geometry):
     torch.manual_seed(0)
     lengths = [29, 3, 16]
     cu_seqlens = torch.tensor([0, 29, 32, 48]).int()
     q, k_sel = torch.randn(48, 4, 8).double(), torch.randn(48, 2, 8).double()
-    k_cmp = torch.randn(GEOMETRY.capacity(48), 2, 8).double()
-    found = selection_kl(q, k_cmp, k_sel, cu_seqlens, 29, GEOMETRY, 0.3)
-    rows, expected = GEOMETRY.compressed_offsets(cu_seqlens).tolist(), 0.0
+    k_cmp = torch.randn(geometry.capacity(48), 2, 8).double()
+    found = selection_kl(q, k_cmp, k_sel, cu_seqlens, geometry, 0.3)
+    rows, expected = geometry.compressed_offsets(cu_seqlens).tolist(), 0.0
     for i, n in enumerate(lengths):
         own = slice(cu_seqlens[i], cu_seqlens[i + 1])
-        expected += by_hand(q[own], k_cmp[rows[i] :], k_sel[own], 0.3) * n / 48
+        expected += by_hand(q[own], k_cmp[rows[i] :], k_sel[own], geometry, 0.3) * n / 48
     assert float(found) == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(ValueError, match="at most 8,192 tokens, not 8,193"):
-        selection_kl(q, k_cmp, k_sel, cu_seqlens, LONGEST + 1, GEOMETRY, 0.3)
 
 
-def test_only_what_makes_the_importance_learns_from_it(model):
+def test_the_queries_taught_are_spread():
+    rows = taught_queries(65536, torch.device("cpu"))
+    assert len(rows) == QUERIES
+    assert torch.equal(rows // 256, torch.arange(256))
+    assert (rows % 64).bincount(minlength=64).min() > 0
+    assert torch.equal(taught_queries(5, torch.device("cpu")), torch.arange(5))
+
+
+def test_the_lesson_is_part_of_the_loss_in_training():
     documents = make_documents([64, 50])
-    with ImportanceTeacher() as teacher:
-        model(*pack(documents))
-    teacher.loss.backward()
+    inputs, targets = pack(documents), torch.cat(documents)
+    plain = make_model()(*inputs, targets=targets)
+    model = make_model(selection_kl=2.0)
+    taught = model(*inputs, targets=targets)
+    assert not plain.lesson and taught.lesson > 0 and not taught.lesson.requires_grad
+    torch.testing.assert_close(taught.objective, plain.objective + taught.lesson)
+    torch.testing.assert_close(taught.nll_sum, plain.nll_sum)
+    assert torch.equal(model.eval()(*inputs, targets=targets).objective, plain.objective)
+    model.train().recompute("full")
+    again = model(*inputs, targets=targets).objective
+    weight = model.blocks[0].attention.compress_k.score
+    [found] = torch.autograd.grad(again, weight)
+    [want] = torch.autograd.grad(taught.objective, weight)
+    torch.testing.assert_close(found, want)
+
+
+def test_only_what_makes_the_importance_learns_from_it():
+    model = make_model(selection_kl=1.0)
+    inputs = pack(make_documents([64, 50]))
+    lessons = []
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(10):
+        lesson = model.run(*inputs)[1]
+        optimizer.zero_grad()
+        lesson.backward()
+        optimizer.step()
+        lessons.append(float(lesson.detach()))
+    assert lessons[-1] < 0.7 * lessons[0]
     attention = model.blocks[-1].attention
     assert attention.compressed.k_proj.weight.grad.any() and attention.compress_k.score.grad.any()
     assert attention.selected.k_proj.weight.grad is None
-    optimizer, losses = torch.optim.Adam(model.parameters(), 0.01), []
-    for _ in range(10):
-        with ImportanceTeacher() as teacher:
-            model(*pack(documents))
-        optimizer.zero_grad()
-        teacher.loss.backward()
-        optimizer.step()
-        losses.append(float(teacher.loss.detach()))
-    assert losses[-1] < 0.7 * losses[0]
+    with pytest.raises(ValueError, match="attention.selection_kl=-1"):
+        make_model(selection_kl=-1)
 
 
-def test_the_warm_up_is_as_if_all_blocks_were_chosen(model):
-    documents = make_documents()
+def test_the_warm_up_is_as_if_all_blocks_were_chosen():
+    model, documents = make_model(), make_documents()
     inputs = pack(documents)
-    with ImportanceTeacher(dense=True, learn=False) as teacher:
+    with DenseSelection():
         dense = model(*inputs, targets=torch.cat(documents)).objective
-    assert teacher.loss == 0.0
     gradients = torch.autograd.grad(dense, [*model.parameters()])
     for block in model.blocks:
         attention = block.attention
