@@ -42,7 +42,8 @@ NEEDLES = (
     ("{key}: {value}.", "{key}:"),
     ("They counted {value} steps to the door of {key}.", "To the door of {key}, the steps number"),
 )
-# Wordings by the thousand, so that what is learnt is to say again what followed, not a list of twelve.
+# Wordings and keys by the thousand, so that what is learnt is to say again what followed, not a list
+# of twelve; and ordinary words among the keys, so that no odd name is what announces a question.
 SUBJECTS = (
     "badge ballot bill cabin card coupon crate deposit docket engine fare file flight folio frequency "
     "invoice lease level licence lot meter model order page permit plate platform plot policy prize "
@@ -61,11 +62,40 @@ HEADS = (
     "Of {key} they noted this {subject} {measure}:",
     "Where {key} is concerned, {subject} {measure} equals",
     "A clerk gave {key} the {subject} {measure}",
+    "The {measure} of {key} is",
+    "The {measure} for {key} is:",
+    "{key} was handed the {measure}",
+    "Among the papers of {key} is {subject} {measure}",
+    "Many things belong to {key}, such as {subject} {measure}",
 )
+LEADS = (
+    "", "", "", "Note: ", "By the way, ", "Mark this: ", "It is written that ", "One more thing: ",
+    "Do not forget: ", "As was said before, ",
+)  # fmt: skip
 ASKING = (
     "", "", "", "Once more: ", "Which one was it? ", "From the pages before: ", "What was said of {key}? ",
     "Look up the {subject} {measure} again. ", "Question: which {subject} {measure} has {key}? Answer: ",
+    "Tell me about {key}. ", "Which {measure} did the pages before name for {key}? ",
 )  # fmt: skip
+KEY_NOUNS = (
+    "acorn almond arrow autumn bakery bamboo banner barrel beetle bishop bonnet bottle bracelet bridge "
+    "broom bucket buckle butter cactus camera canoe captain carriage carrot cave cellar chapel chimney "
+    "chisel cider circus clock clover comet compass cousin cradle crater cricket crown curtain cushion "
+    "daughter desert doctor drawer drum eagle elbow emerald envelope fabric farmer feast fence ferry "
+    "fountain fox gallery garden gate glove goose grape guitar hawk hedge heron hill inn insect jewel "
+    "juice kite lace lake lamp library lily lobster loom maple market melon mill mitten moth museum "
+    "napkin nest oak oar onion orchard otter owl palace parrot peach pearl pencil piano pilot plum "
+    "pocket pond poppy quilt reef river robin rope sailor sandal satchel saucer scarf shepherd shore "
+    "spoon stable statue stream swan tailor teapot temple thistle thunder torch tower trumpet valley "
+    "vessel village wagon well wheel whistle window wolf yarn"
+).split()
+KEY_ADJECTIVES = (
+    "amber ample azure bald blue bold bronze carved chalky chilly coarse cracked crimson damp dark deep "
+    "distant drowsy dry eastern fading fine flat folded fragile furry glassy grand green grey handsome "
+    "hidden icy jagged kind large lean light little long lost low marked mossy new northern old oval "
+    "painted pale pink pointed quaint red round sandy scented short silken slim small soft southern "
+    "square stern striped tall tame thick thin tidy upper vast western white wide windy worn"
+).split()
 COPY = ("\n\nThe same once more, from the beginning:\n\n", "\n\n=== copy ===\n\n", "\n\nAgain:\n")
 ONSETS = "b br d dr f g gr h j k kl l m n p pr r s st t tr v w z".split()
 VOWELS = "a e i o u ai ea oo".split()
@@ -84,13 +114,23 @@ def _number(rng: random.Random) -> str:
     return str(rng.randrange(10**3, 10 ** rng.randint(4, 9)))
 
 
-def _pairs(rng: random.Random, most: int) -> dict[str, str]:
-    """Different names with a number each: 1 to `most`, one half of the documents evenly so that what
+def _key(rng: random.Random) -> str:
+    """A made-up name, lamp, the lamp, or the old lamp."""
+    if rng.random() < 0.4:
+        return made_up_name(rng)
+    noun = rng.choice(KEY_NOUNS)
+    return rng.choice((noun, f"the {noun}", f"the {rng.choice(KEY_ADJECTIVES)} {noun}"))
+
+
+def _pairs(
+    rng: random.Random, most: int, key: Callable[[random.Random], str] = _key
+) -> dict[str, str]:
+    """Different keys with a number each: 1 to `most`, one half of the documents evenly so that what
     can be learnt from is dense, the other evenly by magnitude so that few in long text are not rare."""
     count = rng.randint(1, most) if rng.random() < 0.5 else round(most ** rng.random())
     pairs: dict[str, str] = {}
     while len(pairs) < count:
-        pairs[made_up_name(rng)] = _number(rng)
+        pairs[key(rng)] = _number(rng)
     return pairs
 
 
@@ -107,7 +147,7 @@ def _fact(rng: random.Random, key: str, value: str) -> tuple[str, str]:
         statement, question = rng.choice(NEEDLES)
         return statement.format(key=key, value=value), f"{question.format(key=key)} {value}."
     words = {"key": key, "subject": rng.choice(SUBJECTS), "measure": rng.choice(MEASURES)}
-    statement = f"{rng.choice(HEADS).format(**words)} {value}."
+    statement = rng.choice(LEADS) + rng.choice(HEADS).format(**words) + f" {value}."
     return statement, rng.choice(ASKING).format(**words) + statement
 
 
@@ -129,7 +169,7 @@ def recall(rng: random.Random, most: int) -> tuple[list[str], str]:
 
 def variables(rng: random.Random, most: int) -> tuple[list[str], str]:
     """Chains of assignments; the answer is every name that ends up with one chain's value."""
-    names = iter(_pairs(rng, most).items())
+    names = iter(_pairs(rng, most, made_up_name).items())
     chains: list[tuple[str, list[str]]] = []
     statements = []
     for name, value in names:

@@ -53,7 +53,7 @@ def selection_kl(
     that are not taken always, and normalised. The dense attention is detached, and its mass on those
     blocks weighs the query. No gradient reaches k_sel.
     """
-    num_tokens, stride, size = len(q), geometry.compress_stride, geometry.select_block
+    num_tokens, size = len(q), geometry.select_block
     rows = taught_queries(num_tokens, q.device)
     document = torch.searchsorted(cu_seqlens[1:], rows, right=True)  # of each row
     begin = cu_seqlens[document]

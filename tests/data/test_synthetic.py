@@ -8,8 +8,16 @@ import torch
 
 from data.config import ROOT, TASKS
 from data.shards import ShardWriter
-from data.synthetic import COPY, SHORTEST, SyntheticLoader, made_up_name
+from data.synthetic import (
+    COPY,
+    KEY_ADJECTIVES,
+    KEY_NOUNS,
+    SHORTEST,
+    SyntheticLoader,
+    made_up_name,
+)
 from data.tokenizer import encode_documents, end_of_text_id, fingerprint, vocab_size
+from eval.words import ADJECTIVES, NOUNS
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +127,7 @@ def test_training_and_evaluation_share_no_wording_and_no_key():
     names = {made_up_name(rng) for _ in range(20_000)}
     assert len(names) > 19_000 and all("-" in name for name in names)
     assert not names & {word for string in theirs for word in string.split()}
+    assert not {*KEY_NOUNS, *KEY_ADJECTIVES} & {*NOUNS, *ADJECTIVES}
 
 
 def test_needles_come_in_many_wordings(loader, tokenizer):
