@@ -55,13 +55,13 @@ def selection_kl(
     """
     num_tokens, size = len(q), geometry.select_block
     rows = taught_queries(num_tokens, q.device)
-    document = torch.searchsorted(cu_seqlens[1:], rows, right=True)  # of each row
+    document = torch.searchsorted(cu_seqlens, rows.int(), right=True) - 1  # of each row
     begin = cu_seqlens[document]
 
     # Selection blocks of all documents, one after another; those past the last document's are unused.
     offsets = F.pad((cu_seqlens.diff() + size - 1) // size, (1, 0)).cumsum(0)
     block = torch.arange(num_tokens // size + len(cu_seqlens) - 1, device=q.device)
-    owner = torch.searchsorted(offsets[1:], block, right=True)
+    owner = torch.searchsorted(offsets, block, right=True) - 1
     used = owner < len(cu_seqlens) - 1
     owner = owner.clamp(max=len(cu_seqlens) - 2)
     number = block - offsets[owner]  # in its document

@@ -103,8 +103,10 @@ class Geometry:
         Unused rows point at token 0. Works on the device, without synchronisation.
         """
         offsets = self.compressed_offsets(cu_seqlens)
-        row = torch.arange(self.capacity(num_tokens), device=cu_seqlens.device)
-        document = torch.searchsorted(offsets[1:], row, right=True).clamp(max=len(offsets) - 2)
+        row = torch.arange(self.capacity(num_tokens), device=cu_seqlens.device, dtype=torch.int32)
+        # Of all offsets: torch 2.11 can't compile a search in a part of them for a GPU.
+        document = torch.searchsorted(offsets, row, right=True) - 1
+        document = document.clamp(max=len(offsets) - 2)
         start = cu_seqlens[document] + (row - offsets[document]) * self.compress_stride
         used = row < offsets[-1]
         tokens = torch.where(used, start, 0)[:, None]
