@@ -42,8 +42,8 @@ NEEDLES = (
     ("{key}: {value}.", "{key}:"),
     ("They counted {value} steps to the door of {key}.", "To the door of {key}, the steps number"),
 )
-# Wordings and keys by the thousand, so that what is learnt is to say again what followed, not a list
-# of twelve; and ordinary words among the keys, so that no odd name is what announces a question.
+# Wordings and keys by the million, so that what is learnt is to say again what followed, not a list;
+# and ordinary words among the keys, so that no odd name is what announces a question.
 SUBJECTS = (
     "badge ballot bill cabin card coupon crate deposit docket engine fare file flight folio frequency "
     "invoice lease level licence lot meter model order page permit plate platform plot policy prize "
@@ -51,9 +51,28 @@ SUBJECTS = (
     "toll track tray unit vault verse vote voucher ward weight zone"
 ).split()
 MEASURES = "number code count figure index key mark rank reference sum total value".split()
+OPENINGS = (
+    "The|A|One|This|That|Our|Their|Each|Another|The first|The last|The only|Some|No other".split(
+        "|"
+    )
+)
+LINKS = "of for with by at from under near behind beside about after before to on".split()
+VERBS = (
+    "is|was|is:|was:|are:|reads|says|equals|became|came to|stands at|remains|runs to|made|:".split(
+        "|"
+    )
+)
 HEADS = (
-    "The {subject} {measure} of {key} is",
-    "The {subject} {measure} for {key}:",
+    "{opening} {adjective} {subject} {measure} {link} {key} {verb}",
+    "{opening} {adjective} {subject} {measure} {link} {key} {verb}",
+    "{opening} {adjective} {subject} {link} {key} {verb}",
+    "{opening} {subject} {measure} {link} {key} {verb}",
+    "{opening} {subject} {link} {key} {verb}",
+    "{opening} {measure} {link} {key} {verb}",
+    "{opening} {adjective} {measure} {link} {key} {verb}",
+    "{link} {key} {opening} {subject} {measure} {verb}",
+    "{key} {verb} {opening} {adjective} {subject} {measure}",
+    "{key} {verb} {opening} {measure}",
     "{key} has the {subject} {measure}",
     "{key}'s {subject} {measure} was",
     "It is known that {key} took {subject} {measure}",
@@ -62,8 +81,6 @@ HEADS = (
     "Of {key} they noted this {subject} {measure}:",
     "Where {key} is concerned, {subject} {measure} equals",
     "A clerk gave {key} the {subject} {measure}",
-    "The {measure} of {key} is",
-    "The {measure} for {key} is:",
     "{key} was handed the {measure}",
     "Among the papers of {key} is {subject} {measure}",
     "Many things belong to {key}, such as {subject} {measure}",
@@ -76,6 +93,8 @@ ASKING = (
     "", "", "", "Once more: ", "Which one was it? ", "From the pages before: ", "What was said of {key}? ",
     "Look up the {subject} {measure} again. ", "Question: which {subject} {measure} has {key}? Answer: ",
     "Tell me about {key}. ", "Which {measure} did the pages before name for {key}? ",
+    "What was the {adjective} {subject} {measure} {link} {key}? ", "{opening} {measure} {link} {key}? ",
+    "Who knows the {adjective} {measure} {link} {key}, as it was written? ",
 )  # fmt: skip
 KEY_NOUNS = (
     "acorn almond arrow autumn bakery bamboo banner barrel beetle bishop bonnet bottle bracelet bridge "
@@ -96,6 +115,14 @@ KEY_ADJECTIVES = (
     "painted pale pink pointed quaint red round sandy scented short silken slim small soft southern "
     "square stern striped tall tame thick thin tidy upper vast western white wide windy worn"
 ).split()
+SLOTS = {
+    "subject": SUBJECTS,
+    "measure": MEASURES,
+    "adjective": KEY_ADJECTIVES,
+    "opening": OPENINGS,
+    "link": LINKS,
+    "verb": VERBS,
+}
 COPY = ("\n\nThe same once more, from the beginning:\n\n", "\n\n=== copy ===\n\n", "\n\nAgain:\n")
 ONSETS = "b br d dr f g gr h j k kl l m n p pr r s st t tr v w z".split()
 VOWELS = "a e i o u ai ea oo".split()
@@ -143,10 +170,10 @@ def passkey(rng: random.Random, _: int) -> tuple[list[str], str]:
 
 def _fact(rng: random.Random, key: str, value: str) -> tuple[str, str]:
     """A statement, and a question with its answer: in other words, or after the statement's own."""
-    if rng.random() < 0.5:
+    if rng.random() < 0.3:
         statement, question = rng.choice(NEEDLES)
         return statement.format(key=key, value=value), f"{question.format(key=key)} {value}."
-    words = {"key": key, "subject": rng.choice(SUBJECTS), "measure": rng.choice(MEASURES)}
+    words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | {"key": key}
     statement = rng.choice(LEADS) + rng.choice(HEADS).format(**words) + f" {value}."
     return statement, rng.choice(ASKING).format(**words) + statement
 

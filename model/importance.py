@@ -56,46 +56,44 @@ def selection_kl(
     num_tokens, size = len(q), geometry.select_block
     rows = taught_queries(num_tokens, q.device)
     document = torch.searchsorted(cu_seqlens, rows.int(), right=True) - 1  # of each row
-    begin = cu_seqlens[document]
+    begin = cu_seqlens[document][:, None]
 
     # Selection blocks of all documents, one after another; those past the last document's are unused.
-    offsets = F.pad((cu_seqlens.diff() + size - 1) // size, (1, 0)).cumsum(0)
+    offsets = F.pad((cu_seqlens.diff() + size - 1) // size, (1, 0)).cumsum(0, dtype=torch.int32)
     block = torch.arange(num_tokens // size + len(cu_seqlens) - 1, device=q.device)
-    owner = torch.searchsorted(offsets, block, right=True) - 1
+    owner = torch.searchsorted(offsets, block.int(), right=True) - 1
     used = owner < len(cu_seqlens) - 1
     owner = owner.clamp(max=len(cu_seqlens) - 2)
     number = block - offsets[owner]  # in its document
-    first = cu_seqlens[owner] + number * size  # token
-    own = used & (owner == document[:, None])  # [R, blocks]
-    last = (rows - begin) // size - geometry.num_local  # block that the importance decides about
-    free = own & (number >= geometry.num_initial) & (number <= last[:, None])
+    first, end = cu_seqlens[owner] + number.int() * size, cu_seqlens[owner + 1]  # tokens
+    last = (rows[:, None] - begin) // size - geometry.num_local  # that the importance decides about
+    free = used & (owner == document[:, None]) & (number >= geometry.num_initial) & (number <= last)
 
     with torch.no_grad():
-        tokens = (first[:, None] + torch.arange(size, device=q.device)).flatten()
-        visible = own.repeat_interleave(size, 1) & (tokens <= rows[:, None])
-        keys = k_sel[tokens.clamp(max=num_tokens - 1)]
-        dense = _attention(q[rows], keys, visible, scale).unflatten(-1, (-1, size)).sum(-1) * free
-        mass = dense.sum(-1, keepdim=True)
+        tokens = first[:, None] + torch.arange(size, device=q.device, dtype=torch.int32)
+        tokens = torch.where(used[:, None] & (tokens < end[:, None]), tokens, -1).flatten()
+        scores = _scores(q[rows], k_sel[tokens], (tokens >= begin) & (tokens <= rows[:, None]), scale)
+        dense = scores.unflatten(-1, (-1, size)).logsumexp(-1).softmax(-1).mean(1) * free
+        mass = dense.sum(-1, keepdim=True)  # [Hkv, R, 1]
         target = dense / mass.clamp(min=1e-9)
 
     start, there = geometry.block_tokens(cu_seqlens, num_tokens)
-    start = start[:, 0]  # of compressed blocks
-    end = start + geometry.compress_block
-    visible = there & (start >= begin[:, None]) & (end <= rows[:, None] + 1)
-    shared = torch.minimum(end[:, None], torch.minimum(first + size, cu_seqlens[owner + 1]))
-    shared = (shared - torch.maximum(start[:, None], first)).clamp(min=0)  # tokens
-    paid = _attention(q[rows], k_cmp, visible, scale)
+    start = torch.where(there, start[:, 0], -1)  # of compressed blocks
+    stop = start + geometry.compress_block
+    visible = (start >= begin) & (stop <= rows[:, None] + 1)
+    shared = torch.minimum(stop[:, None], torch.minimum(first + size, end))
+    shared = (shared - torch.maximum(start[:, None], first)).clamp(min=0)  # tokens [C, blocks]
+    paid = _scores(q[rows], k_cmp, visible, scale).softmax(-1).mean(1) * visible
     importance = (paid @ shared.to(paid.dtype)) * free
     importance = importance / importance.sum(-1, keepdim=True).clamp(min=1e-9)
     kl = torch.xlogy(target, target) - target * importance.clamp(min=1e-9).log()
     return (kl * mass).sum() / mass.numel()
 
 
-def _attention(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Softmax weights [Hkv, R, M], the mean over each KV head's query heads; 0 where nothing is
-    visible. q [R, H, D], k [M, Hkv, D], visible bool [R, M]."""
+def _scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Logits, at least fp32, [Hkv, G, R, M] of q [R, H, D] and k [M, Hkv, D]; very low where visible,
+    bool [R, M], is not."""
     grouped = q.unflatten(1, (k.shape[1], -1))
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = torch.einsum("nkgd,mkd->kgnm", grouped, k).to(wide) * scale
-    weights = scores.masked_fill(~visible, -1e30).softmax(-1) * visible
-    return weights.mean(1)
+    scores = torch.einsum("nkgd,mkd->kgnm", grouped, k)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    return scores.masked_fill(~visible, -1e30)
