@@ -237,7 +237,7 @@ class SyntheticLoader:
         """
         Args:
             haystack: the text that things are hidden in.
-            tasks: names in data.config.TASKS, equally often.
+            tasks: names in data.config.TASKS, as often as they are named.
             skipped: samples that earlier stages took, which don't come again.
         """
         if seq_len < SHORTEST:
