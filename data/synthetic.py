@@ -6,8 +6,9 @@ for training; none is among those that eval/ asks for.
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -161,31 +162,45 @@ def _pairs(
     return pairs
 
 
-def passkey(rng: random.Random, _: int) -> tuple[list[str], str]:
+Words = Callable[[], str]  # some words of the haystack, in a row
+
+
+def passkey(rng: random.Random, *_) -> tuple[list[str], str]:
     """One number to remember."""
     statement, question = rng.choice(PASSKEYS)
     value = _number(rng)
     return [statement.format(value=value)], f"{question} {value}."
 
 
-def _fact(rng: random.Random, key: str, value: str) -> tuple[str, str]:
-    """A statement, and a question with its answer: in other words, or after the statement's own."""
-    if rng.random() < 0.3:
+def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[str, str]:
+    """A statement, and a question with its answer: in other words, or after the statement's own.
+
+    Some statements are any words of the haystack and the value: nothing announces it but that it
+    followed them before.
+    """
+    kind = rng.random()
+    if kind < 0.25:
         statement, question = rng.choice(NEEDLES)
         return statement.format(key=key, value=value), f"{question.format(key=key)} {value}."
+    if kind < 0.6:
+        before = rng.choice(("{words} {key}", "{words} {key} {after}", "{key} {words}", "{words}"))
+        before = before.format(words=some_words(), key=key, after=some_words().split()[0])
+        value = value if rng.random() < 0.75 else some_words()
+        statement = f"{before}{rng.choice(('', '', ':', ' is', ' is:'))} {value}."
+        return statement, rng.choice(("", f"{some_words()}? ", f"{some_words()}. ")) + statement
     words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | {"key": key}
     statement = rng.choice(LEADS) + rng.choice(HEADS).format(**words) + f" {value}."
     return statement, rng.choice(ASKING).format(**words) + statement
 
 
-def needle(rng: random.Random, most: int) -> tuple[list[str], str]:
+def needle(rng: random.Random, most: int, some_words: Words) -> tuple[list[str], str]:
     """Facts in many wordings, of which some are asked for."""
-    facts = [_fact(rng, key, value) for key, value in _pairs(rng, most).items()]
+    facts = [_fact(rng, key, value, some_words) for key, value in _pairs(rng, most).items()]
     asked = rng.sample(facts, rng.randint(1, len(facts)))
     return [statement for statement, _ in facts], " ".join(question for _, question in asked)
 
 
-def recall(rng: random.Random, most: int) -> tuple[list[str], str]:
+def recall(rng: random.Random, most: int, _) -> tuple[list[str], str]:
     """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): every key is asked for."""
     pairs = list(_pairs(rng, most).items())
     statements = [f"{key} -> {value};" for key, value in pairs]
@@ -194,7 +209,7 @@ def recall(rng: random.Random, most: int) -> tuple[list[str], str]:
     )
 
 
-def variables(rng: random.Random, most: int) -> tuple[list[str], str]:
+def variables(rng: random.Random, most: int, _) -> tuple[list[str], str]:
     """Chains of assignments; the answer is every name that ends up with one chain's value."""
     names = iter(_pairs(rng, most, made_up_name).items())
     chains: list[tuple[str, list[str]]] = []
@@ -211,9 +226,10 @@ def variables(rng: random.Random, most: int) -> tuple[list[str], str]:
     return statements, f"The names that came to be {value}: {', '.join(chain)}."
 
 
-# Each: (rng, greatest number of statements) -> statements, in their order, and the document's end.
+# Each: (rng, greatest number of statements, words of the haystack) -> statements, in their order, and
+# the document's end.
 # A copy is of tokens and not of sentences: SyntheticLoader._copy.
-SENTENCES: dict[str, Callable[[random.Random, int], tuple[list[str], str]]] = {
+SENTENCES: dict[str, Callable[[random.Random, int, Words], tuple[list[str], str]]] = {
     "passkey": passkey,
     "needle": needle,
     "recall": recall,
@@ -293,7 +309,7 @@ class SyntheticLoader:
             return self._copy(rng, start, length)
         most, room = length // TOKENS_PER_ITEM, 0
         while room < length // 4:  # which stays text, also when every byte is a token
-            statements, ending = SENTENCES[task](rng, most)
+            statements, ending = SENTENCES[task](rng, most, partial(self._some_words, rng))
             statements = [self._encode(" " + statement) for statement in statements]
             ending = self._encode("\n\n" + ending)
             room = length - 1 - sum(map(len, statements)) - len(ending)
@@ -313,6 +329,11 @@ class SyntheticLoader:
         size = rng.randint(room // 8, room // 2)
         text = self._text(start, room - size)
         return np.concatenate([[self.eot_id], text, again, text[:size]])
+
+    def _some_words(self, rng: random.Random) -> str:
+        """Two to eight words of the haystack in a row, or as many as there are in 24 tokens."""
+        text = self.tokenizer.decode(self._text(rng.randrange(self.haystack.num_tokens), 24))
+        return " ".join(re.findall(r"[^\W\d_]+", text)[1 : 1 + rng.randint(2, 8)]) or "there"
 
     def _encode(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids)

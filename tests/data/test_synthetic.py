@@ -68,7 +68,8 @@ def test_what_is_asked_can_be_read_in_the_document(loader, tokenizer, task):
             assert len(again) > 30 and passage.startswith(again)
             continue
         body, ending = text.rsplit("\n\n", 1)
-        assert "fox jumps" in body and "fox jumps" not in ending
+        assert "fox jumps" in body
+        assert task == "needle" or "fox jumps" not in ending  # whose questions may be any words
         if task == "variables":
             value, names = re.fullmatch(r"The names that came to be (\d+): (.*)\.", ending).groups()
             given = dict(re.findall(r"let (\S+) be (?:the same as )?(\S+)\.", body))
