@@ -183,6 +183,8 @@ def save_growth(variants: dict, path: Path) -> None:
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xticks(ticks, [f"{n >> 10}k" for n in ticks])
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
     panel.grid(True, which="major", color="#dddddd", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     panel.set(xlabel="tokens of a sequence", ylabel="training time of a sequence (s)")
