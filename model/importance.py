@@ -72,7 +72,9 @@ def selection_kl(
     with torch.no_grad():
         tokens = first[:, None] + torch.arange(size, device=q.device, dtype=torch.int32)
         tokens = torch.where(used[:, None] & (tokens < end[:, None]), tokens, -1).flatten()
-        scores = _scores(q[rows], k_sel[tokens], (tokens >= begin) & (tokens <= rows[:, None]), scale)
+        scores = _scores(
+            q[rows], k_sel[tokens], (tokens >= begin) & (tokens <= rows[:, None]), scale
+        )
         dense = scores.unflatten(-1, (-1, size)).logsumexp(-1).softmax(-1).mean(1) * free
         mass = dense.sum(-1, keepdim=True)  # [Hkv, R, 1]
         target = dense / mass.clamp(min=1e-9)

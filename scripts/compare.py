@@ -316,6 +316,8 @@ class Comparison:
                 status = child.wait()
                 self.children.remove(child)
         if self.stopped:
+            if training and status not in (None, 0, 128 + self.stopped):
+                print(f"{name}: ended with status {status} and has not saved its last steps")
             sys.exit(128 + self.stopped)
         if status:
             where = f"see {log}" if log else "see above"
