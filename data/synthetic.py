@@ -331,7 +331,7 @@ class SyntheticLoader:
         return np.concatenate([[self.eot_id], text, again, text[:size]])
 
     def _some_words(self, rng: random.Random) -> str:
-        """Two to eight words of the haystack in a row, or as many as there are in 24 tokens."""
+        """Two to eight words of the haystack in a row, or as many as 24 tokens hold; "there" for none."""
         text = self.tokenizer.decode(self._text(rng.randrange(self.haystack.num_tokens), 24))
         return " ".join(re.findall(r"[^\W\d_]+", text)[1 : 1 + rng.randint(2, 8)]) or "there"
 

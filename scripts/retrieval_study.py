@@ -412,8 +412,8 @@ def main() -> None:
     options = parser.parse_args()
     if any("=" in pattern for pattern in options.only):
         sys.exit("error: --only takes names of variants; overrides come first, before all options")
-    known = variants(options.selection_kl)
-    chosen = {n: o for n, o in known.items() if any(fnmatch(n, p) for p in options.only)}
+    every = variants(options.selection_kl)
+    chosen = {n: o for n, o in every.items() if any(fnmatch(n, p) for p in options.only)}
     if options.list:
         return print("\n".join(chosen))
     if not chosen:
