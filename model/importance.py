@@ -35,7 +35,7 @@ class DenseSelection(TorchFunctionMode):
 
 def taught_queries(num_tokens: int, device: torch.device) -> Tensor:
     """Rows int64 [min(QUERIES, T)], one in each of as many equal stretches: the same for every batch,
-    at places that fall on all parts of a block alike."""
+    at places that fall on all parts of a block alike. Passes of another size teach other queries."""
     if num_tokens <= QUERIES:
         return torch.arange(num_tokens, device=device)
     stretch = torch.arange(QUERIES, device=device, dtype=torch.float64)
