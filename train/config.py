@@ -31,6 +31,7 @@ class TrainConfig:
     stages: list
     precision: Literal["auto", "bf16", "fp32"]
     compile: bool
+    cuda_graphs: bool
     activation_checkpointing: Literal["none", "full", "selective"]
     grad_clip: float
     spike_sigma: float
@@ -59,12 +60,14 @@ class StageConfig:
 
     from_tokens: float  # up to 1 a share of train.max_tokens, as in conf/schedule
     seq_len: int
+    batch_tokens: int | None = None  # tokens per step; None: as before
     rope_base: float | None = None  # None: as before
     weights: dict | None = None  # shares of the sources' tokens; None: the data config's
 
     def __post_init__(self) -> None:
-        if self.seq_len < 1:
-            raise ValueError(f"train.stages: seq_len={self.seq_len}; it must be at least 1.")
+        for name in ("seq_len", "batch_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"train.stages: {name}={value}; it must be at least 1.")
 
     def start(self, max_tokens: int) -> float:
         """Tokens behind a run of max_tokens when the stage begins."""
@@ -72,10 +75,12 @@ class StageConfig:
 
 
 class LengthStage(NamedTuple):
-    """The part of a run that begins after `first_step` steps."""
+    """The part of a run that begins after `first_step` steps, which took `first_tokens` tokens."""
 
     first_step: int
+    first_tokens: int
     seq_len: int
+    batch_tokens: int
     rope_base: float
     weights: dict | None
 
@@ -153,7 +158,11 @@ class RunConfig:
         return self.stages[self.stage(max(step - 1, 0))]
 
     def sequences_per_step(self, stage: int) -> int:
-        return self.train.batch_tokens // self.stages[stage].seq_len
+        return self.stages[stage].batch_tokens // self.stages[stage].seq_len
+
+    def micro_batch_tokens(self, stage: int) -> int:
+        """Of a pass: in proportion to the step's, so that every step has as many passes."""
+        return _micro_batch_tokens(self.train, self.stages[stage].batch_tokens)
 
     def as_trained(self, step: int) -> dict:
         """The config with the lengths and positions that the first `step` steps end with: what a
@@ -169,8 +178,15 @@ class RunConfig:
     @property
     def num_steps(self) -> int:
         """Optimizer steps to train.max_tokens, or to train.max_steps if that comes first."""
-        steps = self.train.max_tokens // self.train.batch_tokens
+        last = self.stages[-1]
+        steps = last.first_step + (self.train.max_tokens - last.first_tokens) // last.batch_tokens
         return min(steps, self.train.max_steps or steps)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all steps."""
+        last = self.trained_stage(self.num_steps)
+        return last.first_tokens + (self.num_steps - last.first_step) * last.batch_tokens
 
     def lr(self, tokens: float) -> float:
         """Learning rate of the matrices after so many tokens."""
@@ -232,25 +248,48 @@ def check_config(raw: dict) -> RunConfig:
 
 def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
     """Where each stage begins, rounded down to a step. Raises ValueError if borders don't fit."""
-    stages = [LengthStage(0, train.seq_len, float(rope_base), None)]
+    stages = [LengthStage(0, 0, train.seq_len, train.batch_tokens, float(rope_base), None)]
     for i, entry in enumerate(train.stages):
-        stage = from_config(StageConfig, entry, f"train.stages.{i}")
-        steps = int(stage.start(train.max_tokens) // train.batch_tokens)
-        if steps <= stages[-1].first_step:
+        stage, before = from_config(StageConfig, entry, f"train.stages.{i}"), stages[-1]
+        tokens = stage.start(train.max_tokens) - before.first_tokens
+        steps = int(tokens // before.batch_tokens)
+        if steps < 1:
             raise ValueError(
                 f"train.stages.{i}.from_tokens={stage.from_tokens} is not beyond the stage before it, "
                 f"with train.max_tokens={train.max_tokens}; train.stages=[] trains without stages."
             )
-        base = stages[-1].rope_base if stage.rope_base is None else stage.rope_base
-        stages.append(LengthStage(steps, stage.seq_len, base, stage.weights))
+        first = before.first_step + steps, before.first_tokens + steps * before.batch_tokens
+        batch = stage.batch_tokens or before.batch_tokens
+        base = before.rope_base if stage.rope_base is None else stage.rope_base
+        stages.append(LengthStage(*first, stage.seq_len, batch, base, stage.weights))
     for stage in stages:
-        if train.micro_batch_tokens % stage.seq_len:
-            whole = max(train.micro_batch_tokens // stage.seq_len, 1) * stage.seq_len
-            raise ValueError(
-                f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of "
-                f"seq_len={stage.seq_len}; {whole} would do."
-            )
+        micro = _micro_batch_tokens(train, stage.batch_tokens)
+        if micro % stage.seq_len or micro * train.batch_tokens != (
+            train.micro_batch_tokens * stage.batch_tokens
+        ):
+            raise ValueError(_misfit(train, stage, micro))
     return tuple(stages)
+
+
+def _micro_batch_tokens(train: TrainConfig, batch_tokens: int) -> int:
+    return train.micro_batch_tokens * batch_tokens // train.batch_tokens
+
+
+def _misfit(train: TrainConfig, stage: LengthStage, micro: int) -> str:
+    """Why the stage's passes do not come out, and what would."""
+    if stage.batch_tokens == train.batch_tokens:
+        whole = max(micro // stage.seq_len, 1) * stage.seq_len
+        return (
+            f"train.micro_batch_tokens={micro} is not a multiple of seq_len={stage.seq_len}; "
+            f"{whole} would do."
+        )
+    passes = max(train.batch_tokens // train.micro_batch_tokens, 1)
+    per_step = passes * stage.seq_len
+    whole = max(stage.batch_tokens // per_step, 1) * per_step
+    return (
+        f"train.stages: batch_tokens={stage.batch_tokens} does not divide into {passes} passes, as "
+        f"many as the run's first step has, of whole sequences of {stage.seq_len}; {whole} would do."
+    )
 
 
 def _device(raw: dict) -> torch.device:
@@ -293,10 +332,18 @@ def _check_parallel(run: RunConfig) -> None:
         )
     if run.train.compile and run.device.type == "cpu" and (missing := missing_for_cpu_compile()):
         raise ValueError(f"train.compile=true on a CPU needs {missing}; leave it false here.")
-    if run.train.micro_batch_tokens % sequence:
+    for micro in {run.micro_batch_tokens(i) for i in range(len(run.stages))}:
+        if micro % sequence:
+            raise ValueError(
+                f"train.micro_batch_tokens={micro} does not divide into parallel.sequence="
+                f"{sequence} equal stretches."
+            )
+    if run.train.cuda_graphs and (
+        stage == 3 or sequence > 1 or run.train.activation_checkpointing != "none"
+    ):
         raise ValueError(
-            f"train.micro_batch_tokens={run.train.micro_batch_tokens} does not divide into "
-            f"parallel.sequence={sequence} equal stretches."
+            "train.cuda_graphs=true goes with ZeRO-0 to 2, parallel.sequence=1 and "
+            "train.activation_checkpointing=none; choose these or train.cuda_graphs=false."
         )
     check_heads(run.raw["model"]["num_heads"], run.raw["model"]["num_kv_heads"], sequence)
 

@@ -21,6 +21,7 @@ from data.batch import Batch
 from model.decoder import Block, Decoder
 from model.loss import Loss
 from train.config import RunConfig
+from train.cuda_graphs import CapturedPasses
 from train.optimizer import build_optimizer
 
 
@@ -152,6 +153,15 @@ class Engine:
         if run.train.compile:
             for block in self.module.blocks:
                 block.compile(fullgraph=True)
+        self.captured = None
+        if run.train.cuda_graphs and device.type == "cuda":
+            self.captured = self.module.forward = CapturedPasses(self.module)
+
+    def begin_stage(self, seq_len: int, rope_base: float) -> None:
+        """Sequences have another length, and positions another base, from here on."""
+        self.module.rotary.set_base(rope_base)
+        if self.captured:
+            self.captured.begin_stage(seq_len)
 
     def __call__(self, batch: Batch) -> Loss:
         """The loss of a batch; training or evaluation, as last said by train()."""
@@ -164,6 +174,8 @@ class Engine:
 
     def backward(self, loss: Loss) -> None:
         self.deepspeed.backward(loss.objective)
+        # What leads to the parameters goes: a graph could not be captured while it lives.
+        loss.objective.detach_()
 
     def set_lr(self, lr: float) -> None:
         """lr of the matrices; other kinds follow in their proportion."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from data.batch import Batch
+from data.batch import Batch, concatenate
 from data.config import resolve_path
 from data.loader import validation_batches
 from data.prefetch import prefetch
@@ -92,20 +92,16 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     for change in changes:
         say(f"note        since the checkpoint, {change}")
     say(f"model       {num_parameters / 1e6:.1f}M parameters, {run.raw['attention']['_target_']}")
-    say(
-        f"step        {settings.batch_tokens:,} tokens = {ranks.data_ranks} ranks x {accumulation} "
-        f"passes x {settings.micro_batch_tokens:,}"
-    )
+    say(f"step        {ranks.data_ranks} ranks x {accumulation} passes")
     for i, (stage, loader) in enumerate(zip(run.stages, loaders, strict=True)):
         steps = max(run.last_step(i) - stage.first_step, 0)
         say(
-            f"data        from step {stage.first_step:,}: sequences of {stage.seq_len:,} tokens, "
-            f"{loader.describe(steps * run.sequences_per_step(i))}, padding "
-            f"{loader.padding_share:.1%}, rope base {stage.rope_base:,.0f}"
+            f"data        from step {stage.first_step:,}: {stage.batch_tokens:,} tokens a step in "
+            f"sequences of {stage.seq_len:,}, {loader.describe(steps * run.sequences_per_step(i))}, "
+            f"padding {loader.padding_share:.1%}, rope base {stage.rope_base:,.0f}"
         )
     say(f"validation  {validation.num_tokens:,} tokens")
-    total = run.num_steps * settings.batch_tokens
-    say(f"length      {run.num_steps:,} steps, {total:,} tokens")
+    say(f"length      {run.num_steps:,} steps, {run.num_tokens:,} tokens")
     dtype = str(run.dtype).removeprefix("torch.")
     say(f"precision   {dtype} on {device}, ZeRO-{run.parallel.zero_stage}")
     if state.step >= run.num_steps:
@@ -117,7 +113,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     bytes_of = torch.from_numpy(token_bytes(tokenizer)).to(device)
     watch = Stopwatch(device)
     profiler = Profiler(folder / "profile", run.log.profile if ranks.rank == 0 else None)
-    stage, stream = None, None
+    stage, length, stream = None, None, None
     while True:
         final = state.step >= run.num_steps
         now = {"step": state.step, "tokens": state.tokens, "time": round(state.seconds, 3)}
@@ -126,7 +122,11 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             limit = None if final else settings.validation_tokens
             trained = run.trained_stage(state.step)
             model.rotary.set_base(trained.rope_base)
-            batches = list(validation_batches(validation, trained.seq_len, eot, limit))
+            sequences = list(validation_batches(validation, trained.seq_len, eot, limit))
+            at_once = max(settings.micro_batch_tokens // trained.seq_len, 1)
+            batches = [
+                concatenate(sequences[i : i + at_once]) for i in range(0, len(sequences), at_once)
+            ]
             if scores := validate(engine, batches, bytes_of, ranks, stop):
                 telemetry.record(now | scores)
                 say(
@@ -136,7 +136,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
                 state.validated = state.step
 
         taken = stage is not None  # a step, in this sitting
-        if taken and run.needle.during.due(state.tokens - settings.batch_tokens, state.tokens):
+        if taken and run.needle.during.due(state.tokens - length.batch_tokens, state.tokens):
             lent = engine.weights()
             if ranks.rank == 0:
                 trained_config = run.as_trained(state.step) | {"data_path": str(data_path)}
@@ -161,7 +161,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
                 state.recent.clear()
             stage = run.stage(state.step)
             length = run.stages[stage]
-            model.rotary.set_base(length.rope_base)
+            engine.begin_stage(length.seq_len, length.rope_base)
             stream = prefetch(micro_batches(run, stage, loaders[stage], state.step, ranks))
 
         # One optimizer step. A signal between two passes gives the half step up; it is repeated
@@ -170,7 +170,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         profiler.before(state.step + 1)
         engine.train()
         # The rate at the middle of the step's tokens, so that the first step already moves.
-        lr = run.lr(state.tokens + settings.batch_tokens / 2)
+        lr = run.lr(state.tokens + length.batch_tokens / 2)
         engine.set_lr(lr)
         sums = torch.zeros(4, device=device)
         for i in range(accumulation):
@@ -197,7 +197,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             seconds = watch.stop()
             state.step += 1
             profiler.after(state.step)
-            state.tokens += settings.batch_tokens
+            state.tokens += length.batch_tokens
             state.seconds += seconds["step"]
             if step.refused:
                 state.skipped_in_row += 1
@@ -210,7 +210,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             metrics = {
                 "step": state.step, "tokens": state.tokens, "time": round(state.seconds, 3),
                 "loss": mean, "lr": lr, "grad_norm": step.grad_norm, "skipped": state.skipped,
-                "tokens_per_s": settings.batch_tokens / seconds["step"], "seq_len": length.seq_len,
+                "tokens_per_s": length.batch_tokens / seconds["step"], "seq_len": length.seq_len,
                 "data_wait": seconds["data"] / seconds["step"],
                 **{f"seconds/{part}": value for part, value in seconds.items() if part != "step"},
             }  # fmt: skip
@@ -226,7 +226,9 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             if device.type == "cuda":
                 metrics["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
             telemetry.record(metrics)
-            telemetry.progress(metrics, (run.num_steps - state.step) * state.seconds / state.step)
+            telemetry.progress(
+                metrics, (run.num_tokens - state.tokens) * state.seconds / state.tokens
+            )
             if state.skipped_in_row >= settings.max_skipped:
                 raise SpikeError(
                     _save_batch(run, loaders[stage], stage, state, step.refused, ranks.rank)
@@ -288,7 +290,7 @@ def micro_batches(
     The global batch is the same however many ranks and passes share it.
     """
     per_step, length = run.sequences_per_step(stage), run.stages[stage]
-    count = run.train.micro_batch_tokens // length.seq_len
+    count = run.micro_batch_tokens(stage) // length.seq_len
     for i in range(step - length.first_step, run.last_step(stage) - length.first_step):
         for start in range(0, per_step, count * ranks.data_ranks):
             first = i * per_step + start + ranks.data_rank * count
