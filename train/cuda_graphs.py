@@ -6,7 +6,7 @@ import gc
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.decoder import Decoder
 from model.loss import Loss
@@ -62,28 +62,39 @@ class PassGraph:
         self.inputs = tuple(x.clone() for x in inputs)
         tokens, positions, cu_seqlens, targets = self.inputs
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-        parameters = [p for p in model.parameters() if p.requires_grad]
+        arguments = tokens, positions, cu_seqlens, longest, targets
+        # Autograd ties a parameter to the stream that it was first used on, for as long as a pass lives
+        # on anywhere, and a capture cannot wait for that stream: the graph has leaves of its own.
+        bare = Bare(model, forward)
+        leaves = {n: p.detach().requires_grad_() for n, p in bare.named_parameters()}
 
         def run() -> tuple[Loss, tuple[Tensor | None, ...]]:
-            loss = forward(tokens, positions, cu_seqlens, longest, targets)
-            # Not by backward(): gradients would be accumulated, and reduced over ranks, in the graph.
-            return loss, torch.autograd.grad(loss.objective, parameters, allow_unused=True)
+            loss = torch.func.functional_call(bare, leaves, arguments)
+            return loss, torch.autograd.grad(loss.objective, leaves.values(), allow_unused=True)
 
-        with torch.enable_grad():
-            stream = torch.cuda.Stream()  # where kernels are compiled and workspaces made
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    run()
-            torch.cuda.current_stream().wait_stream(stream)
-            gc.collect()  # not while capturing: memory that it frees may be another stream's
-            self.graph = torch.cuda.CUDAGraph()
-            # Other threads may go on with what they do.
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                loss, gradients = run()
+        stream = torch.cuda.Stream()  # where kernels are compiled and workspaces made
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        gc.collect()  # not while capturing: memory that it frees may be another stream's
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads may go on with what they do.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            loss, gradients = run()
         self.loss = Loss(*(x.detach() for x in loss))
-        used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
+        pairs = zip(model.parameters(), gradients, strict=True)
+        used = [(p, g) for p, g in pairs if g is not None]
         self.parameters, self.gradients = map(list, zip(*used, strict=True))
+
+
+class Bare(nn.Module):
+    """The model without the hooks that DeepSpeed has put around it, which wait for the device."""
+
+    def __init__(self, model: Decoder, forward):
+        super().__init__()
+        self.model, self.forward = model, forward
 
 
 class _Replay(torch.autograd.Function):

@@ -137,6 +137,9 @@ class Engine:
         self.sequence_group = ranks.sequence_group()
         if self.sequence_group:
             model.share_sequences(self.sequence_group)
+        self.captured = None
+        if run.train.cuda_graphs and device.type == "cuda":
+            self.captured = model.forward = CapturedPasses(model)
         if stage == 0:
             model = model.to(device, run.dtype)
         if stage == 3:  # gathered a block at a time: layer by layer, the GPUs would wait for hosts
@@ -153,9 +156,6 @@ class Engine:
         if run.train.compile:
             for block in self.module.blocks:
                 block.compile(fullgraph=True)
-        self.captured = None
-        if run.train.cuda_graphs and device.type == "cuda":
-            self.captured = self.module.forward = CapturedPasses(self.module)
 
     def begin_stage(self, seq_len: int, rope_base: float) -> None:
         """Sequences have another length, and positions another base, from here on."""
@@ -174,8 +174,6 @@ class Engine:
 
     def backward(self, loss: Loss) -> None:
         self.deepspeed.backward(loss.objective)
-        # What leads to the parameters goes: a graph could not be captured while it lives.
-        loss.objective.detach_()
 
     def set_lr(self, lr: float) -> None:
         """lr of the matrices; other kinds follow in their proportion."""

@@ -51,7 +51,7 @@ def test_replayed_losses_and_gradients_are_those_of_eager_passes(attention):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         for name, gradient in wanted.items():
             error = (got[name] - gradient).norm() / gradient.norm().clamp(min=1e-9)
-            assert error < 0.02, name
+            assert error < 0.05, name
 
 
 def test_gradients_of_two_passes_add_up():
