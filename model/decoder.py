@@ -146,6 +146,11 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(dim, norm_eps)
         self.head = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
         self.init_weights()
+        # That a token is multiplied with; counted now, as ZeRO-3 will leave empty weights here.
+        self.matrix_weights = 0.0 if self.head is not None else self.embedding.weight.numel()
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, ShortConv)):
+                self.matrix_weights += module.weight.numel() * getattr(module, "rows_per_token", 1)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -250,16 +255,17 @@ class Decoder(nn.Module):
         """All parameters, tied ones once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """Training operations per token at this document length: 6 per matrix weight (forward and
-        backward), and 3.5 times the attention's forward (its backward recomputes the logits).
+    def flops(self, lengths: Sequence[int]) -> float:
+        """Training operations of a pass over documents of these lengths: 6 per token and matrix weight
+        (forward and backward), and 3.5 times the attention's forward (its backward recomputes the
+        logits).
 
         Follows the PaLM convention (arXiv 2204.02311, appendix B) with causal attention counted
         once and only the pairs that the attention design visits.
         """
-        matrices = 0.0 if self.head is not None else self.embedding.weight.numel()
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, ShortConv)):
-                matrices += module.weight.numel() * getattr(module, "rows_per_token", 1)
-        attention = sum(block.attention.flops(seq_len) for block in self.blocks)
-        return 6.0 * matrices + 3.5 * attention / seq_len
+        attention = sum(block.attention.flops(n) for block in self.blocks for n in lengths)
+        return 6.0 * self.matrix_weights * sum(lengths) + 3.5 * attention
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """The same per token of one document."""
+        return self.flops([seq_len]) / seq_len

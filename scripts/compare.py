@@ -265,7 +265,8 @@ class Comparison:
         """The name of a run of a few steps, which shows how fast a recipe trains."""
         name, train = recipe.name + SPEED, self._config(recipe)["train"]
         steps = SPEED_STEPS * (1 + len(train["stages"]))
-        short = f"train.max_tokens={steps * train['batch_tokens']}", "log.wandb=disabled"
+        largest = max(stage.get("batch_tokens") or 0 for stage in [train, *train["stages"]])
+        short = f"train.max_tokens={steps * largest}", "log.wandb=disabled"
         self.step(name, "train/pretrain.py", self._training(recipe, name, 0, *short))
         return name
 

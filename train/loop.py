@@ -67,7 +67,6 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     if settings.init_from and not found:
         origin = init_from(model, resolve_path(settings.init_from), tokenizer)
     num_parameters = model.num_parameters()
-    flops_per_token = [model.flops_per_token(stage.seq_len) for stage in run.stages]
     engine = Engine(model, run, ranks)
     accumulation = run.accumulation(ranks.world_size)
     checkpoints = Checkpoints(
@@ -172,11 +171,14 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         # The rate at the middle of the step's tokens, so that the first step already moves.
         lr = run.lr(state.tokens + length.batch_tokens / 2)
         engine.set_lr(lr)
-        sums = torch.zeros(4, device=device)
+        sums, flops = torch.zeros(4, device=device), 0.0
         for i in range(accumulation):
             if stop.agreed():
                 break
-            batch = next(stream).to(device)
+            batch = next(stream)
+            if peak:
+                flops += model.flops(batch.cu_seqlens.diff().tolist()) / ranks.sequence
+            batch = batch.to(device)
             watch.lap("data")
             loss = engine(batch)
             watch.lap("forward")
@@ -221,8 +223,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             if step.update_norm is not None:
                 metrics["update_norm"] = step.update_norm
             if peak:
-                rate = metrics["tokens_per_s"] / ranks.world_size
-                metrics["mfu"] = flops_per_token[stage] * rate / peak
+                metrics["mfu"] = flops / seconds["step"] / peak
             if device.type == "cuda":
                 metrics["memory_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
             telemetry.record(metrics)

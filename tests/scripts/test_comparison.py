@@ -207,6 +207,10 @@ def test_a_budget_of_minutes(tmp_path):
     comparison = fake(tmp_path / "b", ["data=austen", stages], tokens=None, minutes=2.0)
     comparison.run()  # a few steps of each length
     assert f"max_tokens={3 * 12 * 262144}" in trainings(comparison)["nsa_8k_speed"]
+    stages = stages.replace("32768", "32768,batch_tokens:524288")
+    comparison = fake(tmp_path / "c", ["data=austen", stages], tokens=None, minutes=2.0)
+    comparison.run()
+    assert f"max_tokens={3 * 12 * 524288}" in trainings(comparison)["nsa_8k_speed"]
 
 
 @pytest.mark.parametrize("budget", [{"tokens": 3_000_000}, {"tokens": None, "minutes": 2.0}])

@@ -50,6 +50,21 @@ def test_a_stage_begins_at_tokens_or_at_a_share_of_the_run():
     assert [s.first_step for s in run.stages] == [0, 40960 // per_step, 409600 // per_step]
 
 
+def test_a_stage_may_have_larger_batches():
+    last = "{from_tokens:0.75,seq_len:2048,batch_tokens:8192}"
+    stages = f"train.stages=[{{from_tokens:0.5,seq_len:2048}},{last}]"
+    batch = "train.batch_tokens=4096", "train.micro_batch_tokens=2048"
+    run = check_config(
+        resolved("+experiment=quickstart", "train.max_tokens=100000", stages, *batch)
+    )
+    assert [s.first_step for s in run.stages] == [0, 12, 12 + 6]
+    assert [s.first_tokens for s in run.stages] == [0, 12 * 4096, 18 * 4096]
+    assert [run.micro_batch_tokens(i) for i in range(3)] == [2048, 2048, 4096]
+    assert [run.sequences_per_step(i) for i in range(3)] == [2, 2, 4]
+    assert run.num_steps == 18 + (100000 - 18 * 4096) // 8192
+    assert run.num_tokens == 18 * 4096 + 3 * 8192
+
+
 def parameters(raw):
     with torch.device("meta"):
         model = build_decoder(raw["model"], raw["attention"], raw["tokenizer"]["vocab_size"])
@@ -93,6 +108,12 @@ def test_recipes_differ_in_the_attention_alone(family, largest):
         (["train.stages=[{from_tokens:100,seq_len:1024}]"], "not beyond the stage before it"),
         (["train.stages=[{from_tokens:1e-9,seq_len:1024}]"], "not beyond the stage before it"),
         (["train.stages=[{from_tokens:40960,seq_len:8192}]"], "not a multiple of seq_len=8192"),
+        (
+            ["train.stages=[{from_tokens:40960,seq_len:1024,batch_tokens:5000}]"],
+            "batch_tokens=5000 does not divide into 1 passes.*; 4096 would do",
+        ),
+        (["train.stages=[{from_tokens:9,seq_len:9,batch_tokens:0}]"], "batch_tokens=0; it must"),
+        (["train.cuda_graphs=true", "parallel=zero3"], "train.cuda_graphs=true goes with ZeRO-0"),
         (["train.stages=[{from_tokens:40960,seqlen:1024}]"], "did you mean train.stages.0.seq_len"),
     ],
 )

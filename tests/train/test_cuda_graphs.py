@@ -1,51 +1,62 @@
 """Passes replayed from CUDA graphs, against the same passes launched one by one."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from data.batch import Batch
 from model.build import build_decoder
+from model.decoder import Decoder
 from tests.train.ranks import config
 from train.cuda_graphs import CapturedPasses
 
-pytestmark = pytest.mark.gpu
 LENGTHS = [[256] * 8, [2048], [100, 156, 1, 999, 792], [40] * 51 + [8], [2048], [256] * 8]
+ATTENTIONS = ["nsa", "full"]
 
 
-def batch(lengths: list[int], seed: int) -> Batch:
+def batch(lengths: list[int], seed: int, device: str) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, 512, (sum(lengths) + 1,), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Batch(tokens[:-1], tokens[1:], positions, borders, max(lengths)).to("cuda")
+    return Batch(tokens[:-1], tokens[1:], positions, borders, max(lengths)).to(device)
 
 
-@pytest.mark.parametrize("attention", ["nsa", "full"])
-def test_replayed_losses_and_gradients_are_those_of_eager_passes(attention):
+def build(attention: str) -> Decoder:
     raw = config("device=cpu", f"attention={attention}", "model.head_dim=64", "model.kv_conv=4")
     torch.manual_seed(0)
-    model = build_decoder(raw["model"], raw["attention"], 512).to("cuda", torch.bfloat16)
-    parts = [batch(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
+    return build_decoder(raw["model"], raw["attention"], 512)
 
-    def gradients() -> list[tuple]:
-        found = []
-        for part in parts:
-            model.zero_grad()
-            loss = model(*part[:1], *part[2:], targets=part.targets)
-            (loss.objective / 2).backward()
-            found.append(
-                (
-                    [x.detach() for x in loss],
-                    {n: p.grad.float() for n, p in model.named_parameters()},
-                )
-            )
-        return found
 
-    eager = gradients()
-    passes = model.forward = CapturedPasses(model)
-    passes.begin_stage(2048)
-    replayed = gradients()
-    assert sorted(passes.graphs) == [(2048, 1), (2048, 16), (2048, 64)]
+def passes(model: Decoder, parts: list[Batch]) -> list[tuple]:
+    """Of each pass the loss, whose graph lives on as in a training loop, and the gradients of half of
+    it."""
+    found = []
+    for part in parts:
+        model.zero_grad()
+        inputs = part.tokens, part.positions, part.cu_seqlens, part.max_seqlen
+        loss = model(*inputs, targets=part.targets)
+        (loss.objective / 2).backward()
+        found.append((loss, {n: p.grad.float() for n, p in model.named_parameters()}))
+    return found
+
+
+def capture(model: Decoder) -> CapturedPasses:
+    captured = model.forward = CapturedPasses(model)
+    captured.begin_stage(2048)
+    return captured
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_replayed_losses_and_gradients_are_those_of_eager_passes(attention):
+    model = build(attention).to("cuda", torch.bfloat16)
+    parts = [batch(lengths, seed, "cuda") for seed, lengths in enumerate(LENGTHS)]
+    eager, captured = passes(model, parts), capture(model)
+    replayed = passes(model, parts)
+    assert sorted(captured.graphs) == [(2048, 1), (2048, 16), (2048, 64)]
     for (loss, wanted), (other, got) in zip(eager, replayed, strict=True):
         for a, b in zip(loss, other, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -54,30 +65,54 @@ def test_replayed_losses_and_gradients_are_those_of_eager_passes(attention):
             assert error < 0.05, name
 
 
+@pytest.mark.gpu
 def test_gradients_of_two_passes_add_up():
-    raw = config("device=cpu", "model.head_dim=64")
-    torch.manual_seed(0)
-    model = build_decoder(raw["model"], raw["attention"], 512).cuda()
-    one, two = batch([2048], 0), batch([2048], 1)
+    model = build("nsa").cuda()
+    one, two = (batch([2048], seed, "cuda") for seed in range(2))
+    capture(model)
 
     def gradient(*parts: Batch) -> torch.Tensor:
         model.zero_grad()
         for part in parts:
-            model(*part[:1], *part[2:], targets=part.targets).objective.backward()
+            inputs = part.tokens, part.positions, part.cu_seqlens, part.max_seqlen
+            model(*inputs, targets=part.targets).objective.backward()
         return model.embedding.weight.grad.clone()
 
-    passes = model.forward = CapturedPasses(model)
-    passes.begin_stage(2048)
     torch.testing.assert_close(gradient(one, two), gradient(one) + gradient(two))
 
 
-def test_evaluation_is_not_captured():
-    raw = config("device=cpu", "model.head_dim=64")
-    model = build_decoder(raw["model"], raw["attention"], 512).to("cuda", torch.bfloat16)
-    passes = model.forward = CapturedPasses(model)
-    part = batch([300, 212], 0)
+@pytest.fixture
+def no_graphs(monkeypatch):
+    """Passes are run where they would be captured, and nothing is replayed."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    graph = SimpleNamespace(pool=lambda: None, replay=lambda: None)
+    monkeypatch.setattr("torch.cuda.Stream", lambda: stream)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: stream)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: nullcontext())
+    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: graph)
+    monkeypatch.setattr("torch.cuda.graph", lambda *args, **how: nullcontext())
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_empty_documents_and_a_longer_bound_change_nothing(attention, no_graphs):
+    model = build(attention)
+    parts = [batch(lengths, 0, "cpu") for lengths in ([100, 156, 1, 43], [300], [6] * 50)]
+    eager, captured = passes(model, parts), capture(model)
+    replayed = passes(model, parts)
+    assert sorted(captured.graphs) == [(300, 1), (300, 16), (300, 64)]
+    for (loss, wanted), (other, got) in zip(eager, replayed, strict=True):
+        assert other.objective.requires_grad and not other.nll_sum.requires_grad
+        torch.testing.assert_close(tuple(loss), tuple(other))
+        torch.testing.assert_close(wanted, got)
+
+
+def test_evaluation_is_not_captured(no_graphs):
+    model = build("nsa")
+    captured, part = capture(model), batch([300, 212], 0, "cpu")
+    inputs = part.tokens, part.positions, part.cu_seqlens, part.max_seqlen
     with torch.no_grad():
-        model(*part[:1], *part[2:], targets=part.targets)
+        model(*inputs, targets=part.targets)
+    assert model(*inputs).shape == (512, 512)  # logits
     model.eval()
-    model(*part[:1], *part[2:], targets=part.targets)
-    assert not passes.graphs
+    model(*inputs, targets=part.targets)
+    assert not captured.graphs
