@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from kernels.dense import full_attention
+from kernels.nsa.block_logsumexp import LOW, block_logsumexp
 from kernels.nsa.geometry import Geometry
 
-QUERIES = 256  # of a pass that are taught; the lesson holds their attention to all its tokens
+# Of a pass, one query in this many is taught, but not fewer or more than these.
+SPARSENESS, FEWEST, MOST = 16, 256, 1024
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -34,12 +36,13 @@ class DenseSelection(TorchFunctionMode):
 
 
 def taught_queries(num_tokens: int, device: torch.device) -> Tensor:
-    """Rows int64 [min(QUERIES, T)], one in each of as many equal stretches: the same for every batch,
-    at places that fall on all parts of a block alike. Passes of another size teach other queries."""
-    if num_tokens <= QUERIES:
+    """Rows int64, ascending, one in each of equal stretches: the same for every batch, at places that
+    fall on all parts of a block alike. Passes of another size teach other queries."""
+    count = min(max(num_tokens // SPARSENESS, FEWEST), MOST)
+    if num_tokens <= count:
         return torch.arange(num_tokens, device=device)
-    stretch = torch.arange(QUERIES, device=device, dtype=torch.float64)
-    return ((stretch + stretch * GOLDEN % 1) * (num_tokens / QUERIES)).long()
+    stretch = torch.arange(count, device=device, dtype=torch.float64)
+    return ((stretch + stretch * GOLDEN % 1) * (num_tokens / count)).long()
 
 
 def selection_kl(
@@ -70,12 +73,10 @@ def selection_kl(
     free = used & (owner == document[:, None]) & (number >= geometry.num_initial) & (number <= last)
 
     with torch.no_grad():
-        tokens = first[:, None] + torch.arange(size, device=q.device, dtype=torch.int32)
-        tokens = torch.where(used[:, None] & (tokens < end[:, None]), tokens, -1).flatten()
-        scores = _scores(
-            q[rows], k_sel[tokens], (tokens >= begin) & (tokens <= rows[:, None]), scale
-        )
-        dense = scores.unflatten(-1, (-1, size)).logsumexp(-1).softmax(-1).mean(1) * free
+        until = torch.where(used, torch.minimum(first + size, end), first)
+        where = rows.int(), begin[:, 0], first, until, size
+        dense = block_logsumexp(q[rows], k_sel, *where, scale).softmax(-1)
+        dense = dense.unflatten(0, (k_sel.shape[1], -1)).mean(1) * free
         mass = dense.sum(-1, keepdim=True)  # [Hkv, R, 1]
         target = dense / mass.clamp(min=1e-9)
 
@@ -85,17 +86,11 @@ def selection_kl(
     visible = (start >= begin) & (stop <= rows[:, None] + 1)
     shared = torch.minimum(stop[:, None], torch.minimum(first + size, end))
     shared = (shared - torch.maximum(start[:, None], first)).clamp(min=0)  # tokens [C, blocks]
-    paid = _scores(q[rows], k_cmp, visible, scale).softmax(-1).mean(1) * visible
-    importance = (paid @ shared.to(paid.dtype)) * free
+    grouped = q[rows].unflatten(1, (k_cmp.shape[1], -1))
+    scores = torch.einsum("nkgd,mkd->kgnm", grouped, k_cmp)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
+    paid = scores.masked_fill(~visible, LOW).softmax(-1).mean(1) * visible
+    importance = (paid.to(q.dtype) @ shared.to(q.dtype)).to(paid.dtype) * free
     importance = importance / importance.sum(-1, keepdim=True).clamp(min=1e-9)
     kl = torch.xlogy(target, target) - target * importance.clamp(min=1e-9).log()
     return (kl * mass).sum() / mass.numel()
-
-
-def _scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Logits, at least fp32, [Hkv, G, R, M] of q [R, H, D] and k [M, Hkv, D]; very low where visible,
-    bool [R, M], is not."""
-    grouped = q.unflatten(1, (k.shape[1], -1))
-    scores = torch.einsum("nkgd,mkd->kgnm", grouped, k)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
-    return scores.masked_fill(~visible, -1e30)

@@ -7,7 +7,7 @@ import torch
 
 from kernels.nsa.geometry import Geometry
 from model.build import build_decoder
-from model.importance import QUERIES, DenseSelection, selection_kl, taught_queries
+from model.importance import DenseSelection, selection_kl, taught_queries
 from tests.model.test_decoder import MODEL, NSA, VOCAB, make_documents, pack
 
 
@@ -60,8 +60,9 @@ def test_the_lesson_against_a_count_by_hand(geometry):
 
 def test_the_queries_taught_are_spread():
     rows = taught_queries(65536, torch.device("cpu"))
-    assert len(rows) == QUERIES
-    assert torch.equal(rows // 256, torch.arange(256))
+    assert torch.equal(rows // 64, torch.arange(1024))
+    assert len(taught_queries(8192, torch.device("cpu"))) == 512
+    assert len(taught_queries(2048, torch.device("cpu"))) == 256
     assert (rows % 64).bincount(minlength=64).min() > 0
     assert torch.equal(taught_queries(5, torch.device("cpu")), torch.arange(5))
 
