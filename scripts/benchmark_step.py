@@ -51,6 +51,13 @@ VARIANTS = {  # name: (overrides, bare loop?, profile?)
         ["+experiment=nsa_64k", "train.activation_checkpointing=selective"], False, False,
     ),
 }  # fmt: skip
+SMALL = ["+experiment=nsa_small_64k", "train.stages=[]"]
+VARIANTS |= {
+    "nsa small, 8 x 2k": (SMALL, False, True),
+    "nsa small, 8 x 2k, without graphs": ([*SMALL, "train.cuda_graphs=false"], False, False),
+    "nsa small, 8 x 2k, compiled": ([*SMALL, "train.compile=true"], False, False),
+    "full small, 8 x 2k": (["+experiment=full_small_64k", "train.stages=[]"], False, False),
+}
 SIZES = ("seq_len", "micro_batch_tokens", "batch_tokens")  # equal: steps of one sequence
 VARIANTS |= {
     f"{name} small at {n}k": (

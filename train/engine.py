@@ -113,7 +113,8 @@ def deepspeed_config(run: RunConfig, world_size: int) -> dict:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "train_batch_size": accumulation * world_size,
-        "gradient_clipping": run.train.grad_clip,
+        # DeepSpeed's own clipping of whole parameters takes longer than such a model's optimizer.
+        "gradient_clipping": run.train.grad_clip if stage > 0 else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -151,7 +152,7 @@ class Engine:
                 optimizer=self.optimizer,
                 config=deepspeed_config(run, ranks.world_size),
             )
-        self.stage = stage
+        self.stage, self.grad_clip = stage, run.train.grad_clip
         self.module: Decoder = self.deepspeed.module
         if run.train.compile:
             for block in self.module.blocks:
@@ -198,8 +199,10 @@ class Engine:
                 known.append((norm, reason(norm) if reason else None))
             return known[0][1] is not None
 
-        if self.stage == 0:
-            refused()  # before DeepSpeed clips
+        if self.stage == 0 and not refused() and self.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.module.parameters(), self.grad_clip, torch.tensor(known[0][0])
+            )
         self.optimizer.veto, self.optimizer.measuring, self.optimizer.moved = refused, measure, 0.0
         self.deepspeed.step()
         refused()  # it may have seen a norm that is not finite, and not asked
