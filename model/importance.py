@@ -16,8 +16,6 @@ from kernels.dense import full_attention
 from kernels.nsa.block_logsumexp import LOW, block_logsumexp
 from kernels.nsa.geometry import Geometry
 
-# Of a pass, one query in this many is taught, but not fewer or more than these.
-SPARSENESS, FEWEST, MOST = 16, 256, 1024
 GOLDEN = (5**0.5 - 1) / 2
 
 
@@ -35,10 +33,10 @@ class DenseSelection(TorchFunctionMode):
         return out + gates[..., 1:2] * everything, *rest
 
 
-def taught_queries(num_tokens: int, device: torch.device) -> Tensor:
-    """Rows int64, ascending, one in each of equal stretches: the same for every batch, at places that
-    fall on all parts of a block alike. Passes of another size teach other queries."""
-    count = min(max(num_tokens // SPARSENESS, FEWEST), MOST)
+def taught_queries(num_tokens: int, count: int, device: torch.device) -> Tensor:
+    """Rows int64 [count], ascending, one in each of equal stretches, or all where there are fewer: the
+    same for every batch, at places that fall on all parts of a block alike. Passes of another size
+    teach other queries."""
     if num_tokens <= count:
         return torch.arange(num_tokens, device=device)
     stretch = torch.arange(count, device=device, dtype=torch.float64)
@@ -46,10 +44,11 @@ def taught_queries(num_tokens: int, device: torch.device) -> Tensor:
 
 
 def selection_kl(
-    q: Tensor, k_cmp: Tensor, k_sel: Tensor, cu_seqlens: Tensor, geometry: Geometry, scale: float
-) -> Tensor:
-    """KL(dense attention to each block || importance of each block), mean over taught_queries and KV
-    heads: an fp32 scalar.
+    q: Tensor, k_cmp: Tensor, k_sel: Tensor, cu_seqlens: Tensor, geometry: Geometry, scale: float,
+    queries: int,
+) -> Tensor:  # fmt: skip
+    """KL(dense attention to each block || importance of each block), mean over so many taught_queries
+    and KV heads: an fp32 scalar.
 
     q [T, H, D], k_cmp [C, Hkv, D] and k_sel [T, Hkv, D] of packed documents, as those of
     kernels.nsa.ops.nsa_attention. Both sides are means over a KV head's query heads, over the blocks
@@ -57,7 +56,7 @@ def selection_kl(
     blocks weighs the query. No gradient reaches k_sel.
     """
     num_tokens, size = len(q), geometry.select_block
-    rows = taught_queries(num_tokens, q.device)
+    rows = taught_queries(num_tokens, queries, q.device)
     document = torch.searchsorted(cu_seqlens, rows.int(), right=True) - 1  # of each row
     begin = cu_seqlens[document][:, None]
 
@@ -86,10 +85,9 @@ def selection_kl(
     visible = (start >= begin) & (stop <= rows[:, None] + 1)
     shared = torch.minimum(stop[:, None], torch.minimum(first + size, end))
     shared = (shared - torch.maximum(start[:, None], first)).clamp(min=0)  # tokens [C, blocks]
-    grouped = q[rows].unflatten(1, (k_cmp.shape[1], -1))
-    scores = torch.einsum("nkgd,mkd->kgnm", grouped, k_cmp)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
-    paid = scores.masked_fill(~visible, LOW).softmax(-1).mean(1) * visible
+    grouped = (q[rows] * scale).unflatten(1, (k_cmp.shape[1], -1))
+    scores = torch.einsum("nkgd,mkd->kgnm", grouped, k_cmp).masked_fill(~visible, LOW)
+    paid = scores.softmax(-1, dtype=target.dtype).mean(1) * visible  # the largest tensors here
     importance = (paid.to(q.dtype) @ shared.to(q.dtype)).to(paid.dtype) * free
     importance = importance / importance.sum(-1, keepdim=True).clamp(min=1e-9)
     kl = torch.xlogy(target, target) - target * importance.clamp(min=1e-9).log()

@@ -88,7 +88,8 @@ class NSAAttention(Attention):
     """Three branches with their own keys and values, joined by sigmoid gates of the input.
 
     The gates' layer starts at zero, so that training begins with every branch at one half.
-    selection_kl > 0 weighs a lesson in what to select (model/importance.py).
+    selection_kl > 0 weighs a lesson in what to select, for so many taught_queries of a pass
+    (model/importance.py).
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class NSAAttention(Attention):
         num_local: int = 2,
         compression: str = "gated_mean",
         selection_kl: float = 0.0,
+        taught_queries: int = 2048,
         **shared,
     ):
         super().__init__(dim, **shared)
@@ -116,7 +118,9 @@ class NSAAttention(Attention):
             )
         if selection_kl < 0:
             raise ValueError(f"attention.selection_kl={selection_kl}; it must be at least 0.")
-        self.selection_kl = selection_kl
+        if taught_queries < 1:
+            raise ValueError(f"attention.taught_queries={taught_queries}; it must be at least 1.")
+        self.selection_kl, self.taught_queries = selection_kl, taught_queries
         phi = COMPRESSIONS[compression]
         self.compressed, self.selected, self.local = (self.key_value(dim) for _ in range(3))
         self.compress_k = phi(self.num_kv_heads, self.head_dim, self.geometry)
@@ -153,7 +157,9 @@ class NSAAttention(Attention):
         out = self.to_tokens(out)
         if not (self.training and self.selection_kl):
             return out
-        lesson = selection_kl(q, k_cmp, k_sel, cu_seqlens, self.geometry, self.scale)
+        lesson = selection_kl(
+            q, k_cmp, k_sel, cu_seqlens, self.geometry, self.scale, self.taught_queries
+        )
         return out, self.selection_kl * lesson
 
     def _block_caches(self, cache: LayerCache, raw: dict[str, Tensor]) -> tuple[list[Tensor], ...]:

@@ -50,7 +50,7 @@ def test_the_lesson_against_a_count_by_hand(geometry):
     cu_seqlens = torch.tensor([0, 29, 32, 48]).int()
     q, k_sel = torch.randn(48, 4, 8).double(), torch.randn(48, 2, 8).double()
     k_cmp = torch.randn(geometry.capacity(48), 2, 8).double()
-    found = selection_kl(q, k_cmp, k_sel, cu_seqlens, geometry, 0.3)
+    found = selection_kl(q, k_cmp, k_sel, cu_seqlens, geometry, 0.3, 48)
     rows, expected = geometry.compressed_offsets(cu_seqlens).tolist(), 0.0
     for i, n in enumerate(lengths):
         own = slice(cu_seqlens[i], cu_seqlens[i + 1])
@@ -59,12 +59,10 @@ def test_the_lesson_against_a_count_by_hand(geometry):
 
 
 def test_the_queries_taught_are_spread():
-    rows = taught_queries(65536, torch.device("cpu"))
-    assert torch.equal(rows // 64, torch.arange(1024))
-    assert len(taught_queries(8192, torch.device("cpu"))) == 512
-    assert len(taught_queries(2048, torch.device("cpu"))) == 256
+    rows = taught_queries(65536, 256, torch.device("cpu"))
+    assert torch.equal(rows // 256, torch.arange(256))
     assert (rows % 64).bincount(minlength=64).min() > 0
-    assert torch.equal(taught_queries(5, torch.device("cpu")), torch.arange(5))
+    assert torch.equal(taught_queries(5, 256, torch.device("cpu")), torch.arange(5))
 
 
 def test_the_lesson_is_part_of_the_loss_in_training():
@@ -102,6 +100,8 @@ def test_only_what_makes_the_importance_learns_from_it():
     assert attention.selected.k_proj.weight.grad is None
     with pytest.raises(ValueError, match="attention.selection_kl=-1"):
         make_model(selection_kl=-1)
+    with pytest.raises(ValueError, match="attention.taught_queries=0"):
+        make_model(taught_queries=0)
 
 
 def test_the_warm_up_is_as_if_all_blocks_were_chosen():
