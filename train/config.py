@@ -178,8 +178,9 @@ class RunConfig:
     @property
     def num_steps(self) -> int:
         """Optimizer steps to train.max_tokens, or to train.max_steps if that comes first."""
-        last = self.stages[-1]
-        steps = last.first_step + (self.train.max_tokens - last.first_tokens) // last.batch_tokens
+        tokens = self.train.max_tokens
+        last = [stage for stage in self.stages if stage.first_tokens <= tokens][-1]
+        steps = last.first_step + (tokens - last.first_tokens) // last.batch_tokens
         return min(steps, self.train.max_steps or steps)
 
     @property

@@ -63,6 +63,11 @@ def test_a_stage_may_have_larger_batches():
     assert [run.sequences_per_step(i) for i in range(3)] == [2, 2, 4]
     assert run.num_steps == 18 + (100000 - 18 * 4096) // 8192
     assert run.num_tokens == 18 * 4096 + 3 * 8192
+    beyond = "train.stages=[{from_tokens:200000,seq_len:2048,batch_tokens:8192}]"
+    run = check_config(
+        resolved("+experiment=quickstart", "train.max_tokens=100000", beyond, *batch)
+    )
+    assert run.num_steps == 24 and run.num_tokens == 24 * 4096
 
 
 def parameters(raw):
