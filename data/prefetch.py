@@ -1,7 +1,6 @@
 """The next batches are made while the device works on this one."""
 
 import queue
-import sys
 import threading
 from collections.abc import Generator, Iterable
 from typing import TypeVar
@@ -15,8 +14,6 @@ def prefetch(items: Iterable[Item], ahead: int = 2) -> Generator[Item, None, Non
     What the source raises is raised here, after the items before it. Closing the generator stops the
     thread.
     """
-    # Else the thread's Python would hold up the trainer's for 5 ms, again and again in a step.
-    sys.setswitchinterval(2e-4)
     ready: queue.Queue = queue.Queue(ahead)
     closed = threading.Event()
 

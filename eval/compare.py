@@ -60,18 +60,17 @@ def lines_note(views: Mapping[str, Sequence[Run]]) -> str:
 def clock(steps: Sequence[dict]) -> list[float]:
     """Seconds of training behind a run after each of its steps.
 
-    A step counts as long as the median one of its sequence length: the first of every sitting
-    compiles kernels, and a run that was interrupted has had several.
+    A step counts as long as the median one of its sequence length and number of tokens: the first of
+    every sitting compiles kernels, and a run that was interrupted has had several.
     """
-    speeds: dict[int | None, list[float]] = {}
-    for step in steps:
-        speeds.setdefault(step.get("seq_len"), []).append(step["tokens_per_s"])
-    pace = {length: statistics.median(found) for length, found in speeds.items()}
-    tokens = [0, *(step["tokens"] for step in steps)]
-    return list(accumulate(
-        (now - before) / pace[step.get("seq_len")]
-        for step, before, now in zip(steps, tokens, tokens[1:], strict=False)
-    ))  # fmt: skip
+    ends = [step["tokens"] for step in steps]
+    sizes = [now - before for before, now in zip([0, *ends], ends, strict=False)]
+    kinds = [(step.get("seq_len"), size) for step, size in zip(steps, sizes, strict=True)]
+    speeds: dict[tuple, list[float]] = {}
+    for kind, step in zip(kinds, steps, strict=True):
+        speeds.setdefault(kind, []).append(step["tokens_per_s"])
+    pace = {kind: statistics.median(found) for kind, found in speeds.items()}
+    return list(accumulate(size / pace[kind] for kind, size in zip(kinds, sizes, strict=True)))
 
 
 def loss_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:

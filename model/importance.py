@@ -34,10 +34,10 @@ class DenseSelection(TorchFunctionMode):
 
 
 def taught_queries(num_tokens: int, count: int, device: torch.device) -> Tensor:
-    """Rows int64 [count], ascending, one in each of equal stretches, or all where there are fewer: the
-    same for every batch, at places that fall on all parts of a block alike. Passes of another size
-    teach other queries."""
-    if num_tokens <= count:
+    """Rows int64 [count], ascending, one in each of equal stretches, or all of a pass of less than twice
+    as many tokens: the same for every batch, at places that fall on all parts of a block alike. Passes
+    of another size teach other queries."""
+    if num_tokens < 2 * count:
         return torch.arange(num_tokens, device=device)
     stretch = torch.arange(count, device=device, dtype=torch.float64)
     return ((stretch + stretch * GOLDEN % 1) * (num_tokens / count)).long()

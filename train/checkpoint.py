@@ -88,8 +88,8 @@ def check_resume(run: RunConfig) -> None:
     stored = yaml.safe_load((found / CONFIG).read_text())
     config = run.as_trained(read_state(found).step)
     for group in ("model", "attention", "tokenizer"):
-        for key in stored[group] | config[group]:
-            before, now = stored[group].get(key), config[group].get(key)
+        for key, before in stored[group].items():  # one that is new since: differences() tells
+            now = config[group].get(key)
             if before != now:
                 raise ValueError(
                     f"{group}.{key} is {now}, but the run in {folder} was started with {before}; "

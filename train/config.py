@@ -60,7 +60,7 @@ class StageConfig:
 
     from_tokens: float  # up to 1 a share of train.max_tokens, as in conf/schedule
     seq_len: int
-    batch_tokens: int | None = None  # tokens per step; None: as before
+    batch_tokens: int | None = None  # per step, and passes in proportion; None: as before
     rope_base: float | None = None  # None: as before
     weights: dict | None = None  # shares of the sources' tokens; None: the data config's
 
@@ -165,15 +165,16 @@ class RunConfig:
         return _micro_batch_tokens(self.train, self.stages[stage].batch_tokens)
 
     def as_trained(self, step: int) -> dict:
-        """The config with the lengths and positions that the first `step` steps end with: what a
-        checkpoint's model must be read with."""
+        """The config with the lengths, batches and positions that the first `step` steps end with: what
+        a checkpoint's model must be read with."""
         stage = self.trained_stage(step)
         model = {**self.raw["model"], "rope_base": stage.rope_base}
-        return {
-            **self.raw,
-            "model": model,
-            "train": {**self.raw["train"], "seq_len": stage.seq_len},
+        sizes = {
+            "seq_len": stage.seq_len,
+            "batch_tokens": stage.batch_tokens,
+            "micro_batch_tokens": self.micro_batch_tokens(self.stages.index(stage)),
         }
+        return {**self.raw, "model": model, "train": {**self.raw["train"], **sizes}}
 
     @property
     def num_steps(self) -> int:
@@ -249,6 +250,12 @@ def check_config(raw: dict) -> RunConfig:
 
 def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
     """Where each stage begins, rounded down to a step. Raises ValueError if borders don't fit."""
+    if train.batch_tokens % train.micro_batch_tokens:
+        raise ValueError(
+            f"train.batch_tokens={train.batch_tokens} is not a multiple of train.micro_batch_tokens="
+            f"{train.micro_batch_tokens}; "
+            f"{-(-train.batch_tokens // train.micro_batch_tokens) * train.micro_batch_tokens} would do."
+        )
     stages = [LengthStage(0, 0, train.seq_len, train.batch_tokens, float(rope_base), None)]
     for i, entry in enumerate(train.stages):
         stage, before = from_config(StageConfig, entry, f"train.stages.{i}"), stages[-1]
@@ -302,7 +309,7 @@ def _device(raw: dict) -> torch.device:
             f"The run '{raw['name']}' needs a CUDA GPU and torch sees none on this machine. "
             "For a first look on a CPU: python train/pretrain.py +experiment=quickstart. To try "
             "this recipe here, add: device=cpu data=austen model=tiny train.max_steps=2 "
-            "train.batch_tokens=65536 train.compile=false"
+            "train.stages=[] train.batch_tokens=65536 train.compile=false"
         )
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -333,15 +340,14 @@ def _check_parallel(run: RunConfig) -> None:
         )
     if run.train.compile and run.device.type == "cpu" and (missing := missing_for_cpu_compile()):
         raise ValueError(f"train.compile=true on a CPU needs {missing}; leave it false here.")
-    for micro in {run.micro_batch_tokens(i) for i in range(len(run.stages))}:
-        if micro % sequence:
+    for i, length in enumerate(run.stages):
+        if (micro := run.micro_batch_tokens(i)) % sequence:
             raise ValueError(
-                f"train.micro_batch_tokens={micro} does not divide into parallel.sequence="
-                f"{sequence} equal stretches."
+                f"A pass of {micro} tokens, from step {length.first_step} on, does not divide into "
+                f"parallel.sequence={sequence} equal stretches; see train.micro_batch_tokens."
             )
-    if run.train.cuda_graphs and (
-        stage == 3 or sequence > 1 or run.train.activation_checkpointing != "none"
-    ):
+    alone = stage < 3 and sequence == 1 and run.train.activation_checkpointing == "none"
+    if run.train.cuda_graphs and run.device.type == "cuda" and not alone:
         raise ValueError(
             "train.cuda_graphs=true goes with ZeRO-0 to 2, parallel.sequence=1 and "
             "train.activation_checkpointing=none; choose these or train.cuda_graphs=false."

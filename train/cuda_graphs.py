@@ -106,7 +106,7 @@ class _Replay(torch.autograd.Function):
             own.copy_(new)
         graph.graph.replay()
         objective, *sums = (x.clone() for x in graph.loss)
-        ctx.graph = graph
+        ctx.gradients = graph.gradients
         ctx.mark_non_differentiable(*sums)
         ctx.set_materialize_grads(False)
         return objective, *sums
@@ -114,5 +114,4 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         # New tensors, as the next replay writes these again.
-        gradients = ctx.graph.gradients
-        return None, None, *torch._foreach_mul(gradients, grad.to(gradients[0].dtype))
+        return None, None, *torch._foreach_mul(ctx.gradients, grad.to(ctx.gradients[0].dtype))

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         say(f"Nothing left to do: {folder} has all its {run.num_steps} steps.")
 
     # -- the loop: validate and save what is due, then take a step
+    # Else the Python of the thread that makes batches would hold up this one for 5 ms at a time.
+    sys.setswitchinterval(2e-4)
     last = found
     peak = peak_flops(device)
     bytes_of = torch.from_numpy(token_bytes(tokenizer)).to(device)
@@ -122,7 +125,9 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             trained = run.trained_stage(state.step)
             model.rotary.set_base(trained.rope_base)
             sequences = list(validation_batches(validation, trained.seq_len, eot, limit))
-            at_once = max(settings.micro_batch_tokens // trained.seq_len, 1)
+            # As many in a pass as training has, but something for every rank.
+            at_once = run.micro_batch_tokens(run.stages.index(trained)) // trained.seq_len
+            at_once = min(at_once, -(-len(sequences) // ranks.data_ranks))
             batches = [
                 concatenate(sequences[i : i + at_once]) for i in range(0, len(sequences), at_once)
             ]
@@ -184,6 +189,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             watch.lap("forward")
             engine.backward(loss)
             sums += torch.stack([loss.nll_sum, loss.z_sum, loss.count, loss.lesson])
+            loss = None  # and the graph behind it, before the next is made
             watch.lap("backward")
             if i < accumulation - 1:
                 engine.step()

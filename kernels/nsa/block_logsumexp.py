@@ -32,7 +32,8 @@ def block_logsumexp(
 @block_logsumexp.register_fake
 def _(q, k, rows, begins, firsts, *rest):
     wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape[1], len(rows), len(firsts), dtype=wide)
+    # Not by len(), with which every number of documents would be compiled anew.
+    return q.new_empty(q.shape[1], rows.shape[0], firsts.shape[0], dtype=wide)
 
 
 def twin(q, k, rows, begins, firsts, ends, size: int, scale: float) -> Tensor:

@@ -19,7 +19,7 @@ def forward(q, k, rows, begins, firsts, ends, size: int, scale: float):
     out = torch.empty(heads, num_rows, num_blocks, dtype=torch.float32, device=q.device)
     if out.numel():
         launch(
-            _kernel, (cdiv(num_rows, QUERIES), cdiv(num_blocks, BLOCKS), heads),
+            _logsumexp_kernel, (cdiv(num_rows, QUERIES), cdiv(num_blocks, BLOCKS), heads),
             q, k, rows, begins, firsts, ends, out, num_rows, num_blocks, scale,
             HEADS=heads, GROUP=heads // kv_heads, D=dim, D_PAD=max(16, next_power_of_2(dim)),
             SIZE=max(16, next_power_of_2(size)), QUERIES=QUERIES, BLOCKS=BLOCKS, num_warps=4,
@@ -28,7 +28,7 @@ def forward(q, k, rows, begins, firsts, ends, size: int, scale: float):
 
 
 @triton.jit
-def _kernel(
+def _logsumexp_kernel(
     q, k, rows, begins, firsts, ends, out, num_rows, num_blocks, scale,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     SIZE: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr,

@@ -57,6 +57,8 @@ def test_the_clock_counts_a_step_that_compiles_like_any_other():
         for i, speed in enumerate(speeds)
     ]
     assert clock(steps) == [1, 2, 3, 4, 4.5, 5, 5.5]
+    larger = {"tokens": 110, "tokens_per_s": 40, "seq_len": 32}  # a step of 40 tokens
+    assert clock([*steps, larger]) == [1, 2, 3, 4, 4.5, 5, 5.5, 6.5]
 
 
 def test_models_of_unequal_size_are_said():

@@ -104,6 +104,19 @@ def test_only_what_makes_the_importance_learns_from_it():
         make_model(taught_queries=0)
 
 
+def test_a_compiled_block_takes_any_number_of_documents():
+    """More than torch compiles anew before it gives up, which is an error in a whole graph."""
+    torch._dynamo.reset()
+    model = make_model(selection_kl=1.0).float()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    for count in range(1, 13):
+        documents = make_documents([8] * (count - 1) + [96 - 8 * (count - 1)])
+        tokens, positions, cu_seqlens, _ = pack(documents)
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+        model(tokens, positions, cu_seqlens, 96, targets=torch.cat(documents))
+
+
 def test_the_warm_up_is_as_if_all_blocks_were_chosen():
     model, documents = make_model(), make_documents()
     inputs = pack(documents)

@@ -1,15 +1,19 @@
 """Config errors: one sentence each, before anything costs time."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 
 from model.build import build_decoder
+from model.checkpoint import CONFIG
+from train.checkpoint import STATE, check_resume, differences
 from train.config import check_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +74,21 @@ def test_a_stage_may_have_larger_batches():
     assert run.num_steps == 24 and run.num_tokens == 24 * 4096
 
 
+def test_a_run_of_before_a_key_was_there_may_go_on(tmp_path):
+    how = "+experiment=quickstart", f"output_dir={tmp_path}", "train.resume=true"
+    run = check_config(resolved(*how))
+    folder = run.folder / "checkpoints" / "step_00000002"
+    folder.mkdir(parents=True)
+    (folder / STATE).write_text('{"step": 2}')
+    stored = copy.deepcopy(run.as_trained(2))
+    del stored["attention"]["taught_queries"]
+    (folder / CONFIG).write_text(yaml.safe_dump(stored))
+    check_resume(check_config(resolved(*how)))
+    assert differences(folder, run.as_trained(2), "")
+    with pytest.raises(ValueError, match=r"attention.window is 64, but .* with 128; set it back"):
+        check_resume(check_config(resolved(*how, "attention.window=64")))
+
+
 def parameters(raw):
     with torch.device("meta"):
         model = build_decoder(raw["model"], raw["attention"], raw["tokenizer"]["vocab_size"])
@@ -118,7 +137,13 @@ def test_recipes_differ_in_the_attention_alone(family, largest):
             "batch_tokens=5000 does not divide into 1 passes.*; 4096 would do",
         ),
         (["train.stages=[{from_tokens:9,seq_len:9,batch_tokens:0}]"], "batch_tokens=0; it must"),
-        (["train.cuda_graphs=true", "parallel=zero3"], "train.cuda_graphs=true goes with ZeRO-0"),
+        (
+            [
+                "train.batch_tokens=6144",
+                "train.stages=[{from_tokens:40960,seq_len:1024,batch_tokens:8192}]",
+            ],
+            "train.batch_tokens=6144 is not a multiple of train.micro_batch_tokens=4096",
+        ),
         (["train.stages=[{from_tokens:40960,seqlen:1024}]"], "did you mean train.stages.0.seq_len"),
     ],
 )
@@ -128,12 +153,29 @@ def test_a_mistake_is_one_sentence(overrides, message):
     assert "\n" not in str(error.value)
 
 
+def test_graphs_go_with_whole_parameters(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    how = "+experiment=quickstart", "device=cuda", "train.cuda_graphs=true"
+    check_config(resolved(*how))
+    for other in ("parallel=zero3", "train.activation_checkpointing=full"):
+        with pytest.raises(ValueError, match=r"train.cuda_graphs=true goes with ZeRO-0"):
+            check_config(resolved(*how, other))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sentence is for machines without CUDA")
 def test_a_gpu_recipe_without_a_gpu_names_the_way_out():
     with pytest.raises(
         ValueError, match=r"\+experiment=quickstart.*device=cpu data=austen model=tiny"
     ):
         check_config(resolved("+experiment=nsa_64k"))
+
+
+@pytest.mark.parametrize("experiment", [e for e in EXPERIMENTS if "64k" in e])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the sentence is for machines without CUDA")
+def test_the_way_out_is_one(experiment):
+    with pytest.raises(ValueError, match="To try this recipe here, add: ") as error:
+        check_config(resolved(f"+experiment={experiment}"))
+    check_config(resolved(f"+experiment={experiment}", *str(error.value).split("add: ")[1].split()))
 
 
 @pytest.mark.parametrize(
