@@ -49,6 +49,7 @@ from model.build import build_decoder
 from model.decoder import Decoder
 from model.importance import DenseSelection
 from model.probe import BlockRecall
+from train.cuda_graphs import PassGraph
 from train.optimizer import OptimizerConfig, build_optimizer
 from train.telemetry import measurement
 
@@ -167,36 +168,6 @@ def objective(model, packed: Packed, part: Sequences, dense: bool) -> Tensor:
     return sum(losses(logits, part)) + lesson
 
 
-class CapturedPass:
-    """A forward and backward pass as a CUDA graph: a model this small waits for its launches."""
-
-    def __init__(self, model: Decoder, packed: Packed, part: Sequences, *how):
-        self.part = Sequences(*(x.clone() for x in part))
-
-        def run() -> None:
-            objective(model, packed, self.part, *how).backward()
-
-        stream = torch.cuda.Stream()  # where kernels are compiled and workspaces made
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        model.zero_grad()  # to None: the graph writes gradients, and adds to none
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            run()
-        self.gradients = [(p, p.grad) for p in model.parameters()]
-
-    def __call__(self, part: Sequences) -> None:
-        """The parameters' gradients."""
-        for own, new in zip(self.part, part, strict=True):
-            own.copy_(new)
-        self.graph.replay()
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient
-
-
 def build(run: Run) -> tuple[dict, Decoder, OptimizerConfig]:
     """The run's resolved config, its model and optimizer. Raises ValueError or HydraException."""
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
@@ -222,7 +193,7 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict:
     task = settings.length, settings.pairs, settings.value_tokens
     held_out = make_sequences(8 * settings.batch, *task, np.random.default_rng(0))
     packed, curve = Packed(settings, device), []
-    captured: dict[bool, CapturedPass] = {}
+    captured: dict[bool, PassGraph] = {}
     for step in range(settings.steps):
         if step % 64 == 0:
             data = make_sequences(64 * settings.batch, *task, rng)
@@ -231,13 +202,17 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["lr_scale"] * _schedule(step, settings)
         dense = step < settings.dense_warmup * settings.steps
+        model.zero_grad()
         if device.type == "cpu":
-            model.zero_grad()
             objective(model, packed, part, dense).backward()
-        else:
+        else:  # a model this small waits for its launches
             if dense not in captured:
-                captured[dense] = CapturedPass(model, packed, part, dense)
-            captured[dense](part)
+                captured[dense] = PassGraph(
+                    model,
+                    lambda *x, dense=dense: [objective(model, packed, Sequences(*x), dense)],
+                    part,
+                )
+            captured[dense](part)[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step + 1 == settings.steps or (step + 1) % max(settings.steps // 6, 1) == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +32,11 @@ class CapturedPasses:
         self.longest = longest
         self.graphs.clear()
 
-    def __call__(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        cu_seqlens: Tensor,
-        max_seqlen: int,
-        targets: Tensor | None = None,
-    ) -> Tensor | Loss:
+    def __call__(self, *inputs, targets: Tensor | None = None) -> Tensor | Loss:
         """As Decoder.forward; the sums of the loss carry no gradient."""
         if targets is None or not (self.model.training and torch.is_grad_enabled()):
-            return self.eager(tokens, positions, cu_seqlens, max_seqlen, targets)
+            return self.eager(*inputs, targets)
+        tokens, positions, cu_seqlens, _ = inputs
         documents = len(cu_seqlens) - 1
         if documents > 1:  # a single one has kernels of its own
             documents = max(FEWEST_DOCUMENTS, 1 << (documents - 1).bit_length())
@@ -50,27 +45,36 @@ class CapturedPasses:
         key = len(tokens), documents
         if key not in self.graphs:
             pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
-            self.graphs[key] = PassGraph(self.model, self.eager, inputs, self.longest, pool)
-        graph = self.graphs[key]
-        return Loss(*_Replay.apply(graph, inputs, *graph.parameters))
+            self.graphs[key] = PassGraph(self.model, self._run, inputs, pool)
+        return Loss(*self.graphs[key](inputs))
+
+    def _run(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, targets: Tensor) -> Loss:
+        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
+        return self.eager(tokens, positions, cu_seqlens, self.longest, targets)
 
 
 class PassGraph:
-    """One captured pass: its inputs, its loss, and the gradients of the objective."""
+    """A captured pass: forward(*inputs) gives scalars, the first of which is the objective, and is run by
+    the parameters of the model.
 
-    def __init__(self, model: Decoder, forward, inputs: tuple[Tensor, ...], longest: int, pool):
+    inputs are tensors whose shapes are kept. pool: memory shared with another graph of which nothing is
+    in use when this one is replayed.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor],
+        pool=None,
+    ):  # fmt: skip
         self.inputs = tuple(x.clone() for x in inputs)
-        tokens, positions, cu_seqlens, targets = self.inputs
-        torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-        arguments = tokens, positions, cu_seqlens, longest, targets
         # Autograd ties a parameter to the stream that it was first used on, for as long as a pass lives
         # on anywhere, and a capture cannot wait for that stream: the graph has leaves of its own.
-        bare = Bare(model, forward)
+        bare = _Bare(model, forward)
         leaves = {n: p.detach().requires_grad_() for n, p in bare.named_parameters()}
 
-        def run() -> tuple[Loss, tuple[Tensor | None, ...]]:
-            loss = torch.func.functional_call(bare, leaves, arguments)
-            return loss, torch.autograd.grad(loss.objective, leaves.values(), allow_unused=True)
+        def run() -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
+            scalars = torch.func.functional_call(bare, leaves, self.inputs)
+            # Not by backward(): gradients would be accumulated, and reduced over ranks, in the graph.
+            return scalars, torch.autograd.grad(scalars[0], leaves.values(), allow_unused=True)
 
         stream = torch.cuda.Stream()  # where kernels are compiled and workspaces made
         stream.wait_stream(torch.cuda.current_stream())
@@ -82,30 +86,34 @@ class PassGraph:
         self.graph = torch.cuda.CUDAGraph()
         # Other threads may go on with what they do.
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            loss, gradients = run()
-        self.loss = Loss(*(x.detach() for x in loss))
+            scalars, gradients = run()
+        self.scalars = [x.detach() for x in scalars]
         pairs = zip(model.parameters(), gradients, strict=True)
         used = [(p, g) for p, g in pairs if g is not None]
         self.parameters, self.gradients = map(list, zip(*used, strict=True))
 
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The scalars for other inputs; the first leads back to the model's parameters."""
+        return _Replay.apply(self, inputs, *self.parameters)
 
-class Bare(nn.Module):
+
+class _Bare(nn.Module):
     """The model without the hooks that DeepSpeed has put around it, which wait for the device."""
 
-    def __init__(self, model: Decoder, forward):
+    def __init__(self, model: nn.Module, forward: Callable[..., Sequence[Tensor]]):
         super().__init__()
         self.model, self.forward = model, forward
 
 
 class _Replay(torch.autograd.Function):
-    """The loss, with gradients that are there before they are asked for."""
+    """A graph's scalars, with gradients that are there before they are asked for."""
 
     @staticmethod
-    def forward(ctx, graph: PassGraph, inputs: tuple[Tensor, ...], *parameters: Tensor):
+    def forward(ctx, graph: PassGraph, inputs: Sequence[Tensor], *parameters: Tensor):
         for own, new in zip(graph.inputs, inputs, strict=True):
             own.copy_(new)
         graph.graph.replay()
-        objective, *sums = (x.clone() for x in graph.loss)
+        objective, *sums = (x.clone() for x in graph.scalars)
         ctx.gradients = graph.gradients
         ctx.mark_non_differentiable(*sums)
         ctx.set_materialize_grads(False)

@@ -6,9 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from data.recall_chain import STATES, VOCABULARY, make_sequences
-from scripts.retrieval_study import losses, table, variants
+from data.recall_chain import STATES, VOCABULARY, Sequences, make_sequences
+from scripts.retrieval_study import (
+    Packed,
+    Run,
+    Settings,
+    build,
+    losses,
+    objective,
+    table,
+    variants,
+)
 from tests.eval.conftest import run_script
+from train.cuda_graphs import PassGraph
 
 
 @pytest.mark.parametrize("value_tokens", [1, 3])
@@ -38,6 +48,21 @@ def test_the_table_gives_mean_and_range():
 def test_every_variant_is_a_model_of_its_own():
     found = variants()
     assert len({tuple(overrides) for overrides in found.values()}) == len(found) == 124
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_captured_pass_has_the_gradients_of_a_plain_one(dense, no_graphs):
+    settings = Settings(128, 2, 1, 2, 1, 1, False, 1.0, 0.5)
+    run = Run("nsa", ["attention=nsa_small", "attention.selection_kl=1", "model.num_layers=1"], 0)
+    _, model, _ = build(run)
+    packed = Packed(settings, torch.device("cpu"))
+    part = make_sequences(2, 128, 2, 1, np.random.default_rng(0))
+    objective(model, packed, part, dense).backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    graph = PassGraph(model, lambda *x: [objective(model, packed, Sequences(*x), dense)], part)
+    graph(part)[0].backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
 
 
 def test_the_command(tmp_path):

@@ -1,8 +1,5 @@
 """Passes replayed from CUDA graphs, against the same passes launched one by one."""
 
-from contextlib import nullcontext
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -79,18 +76,6 @@ def test_gradients_of_two_passes_add_up():
         return model.embedding.weight.grad.clone()
 
     torch.testing.assert_close(gradient(one, two), gradient(one) + gradient(two))
-
-
-@pytest.fixture
-def no_graphs(monkeypatch):
-    """Passes are run where they would be captured, and nothing is replayed."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    graph = SimpleNamespace(pool=lambda: None, replay=lambda: None)
-    monkeypatch.setattr("torch.cuda.Stream", lambda: stream)
-    monkeypatch.setattr("torch.cuda.current_stream", lambda: stream)
-    monkeypatch.setattr("torch.cuda.stream", lambda stream: nullcontext())
-    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: graph)
-    monkeypatch.setattr("torch.cuda.graph", lambda *args, **how: nullcontext())
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
