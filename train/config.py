@@ -81,6 +81,7 @@ class LengthStage(NamedTuple):
     first_tokens: int
     seq_len: int
     batch_tokens: int
+    micro_batch_tokens: int  # in proportion to batch_tokens: every step has as many passes
     rope_base: float
     weights: dict | None
 
@@ -160,20 +161,12 @@ class RunConfig:
     def sequences_per_step(self, stage: int) -> int:
         return self.stages[stage].batch_tokens // self.stages[stage].seq_len
 
-    def micro_batch_tokens(self, stage: int) -> int:
-        """Of a pass: in proportion to the step's, so that every step has as many passes."""
-        return _micro_batch_tokens(self.train, self.stages[stage].batch_tokens)
-
     def as_trained(self, step: int) -> dict:
         """The config with the lengths, batches and positions that the first `step` steps end with: what
         a checkpoint's model must be read with."""
         stage = self.trained_stage(step)
         model = {**self.raw["model"], "rope_base": stage.rope_base}
-        sizes = {
-            "seq_len": stage.seq_len,
-            "batch_tokens": stage.batch_tokens,
-            "micro_batch_tokens": self.micro_batch_tokens(self.stages.index(stage)),
-        }
+        sizes = {k: getattr(stage, k) for k in ("seq_len", "batch_tokens", "micro_batch_tokens")}
         return {**self.raw, "model": model, "train": {**self.raw["train"], **sizes}}
 
     @property
@@ -256,7 +249,9 @@ def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
             f"{train.micro_batch_tokens}; "
             f"{-(-train.batch_tokens // train.micro_batch_tokens) * train.micro_batch_tokens} would do."
         )
-    stages = [LengthStage(0, 0, train.seq_len, train.batch_tokens, float(rope_base), None)]
+    passes = train.batch_tokens // train.micro_batch_tokens
+    sizes = train.batch_tokens, train.micro_batch_tokens
+    stages = [LengthStage(0, 0, train.seq_len, *sizes, float(rope_base), None)]
     for i, entry in enumerate(train.stages):
         stage, before = from_config(StageConfig, entry, f"train.stages.{i}"), stages[-1]
         tokens = stage.start(train.max_tokens) - before.first_tokens
@@ -269,34 +264,26 @@ def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
         first = before.first_step + steps, before.first_tokens + steps * before.batch_tokens
         batch = stage.batch_tokens or before.batch_tokens
         base = before.rope_base if stage.rope_base is None else stage.rope_base
-        stages.append(LengthStage(*first, stage.seq_len, batch, base, stage.weights))
+        sizes = stage.seq_len, batch, batch // passes
+        stages.append(LengthStage(*first, *sizes, base, stage.weights))
     for stage in stages:
-        micro = _micro_batch_tokens(train, stage.batch_tokens)
-        if micro % stage.seq_len or micro * train.batch_tokens != (
-            train.micro_batch_tokens * stage.batch_tokens
-        ):
-            raise ValueError(_misfit(train, stage, micro))
+        if stage.batch_tokens % (passes * stage.seq_len):
+            raise ValueError(_misfit(stage, train, passes))
     return tuple(stages)
 
 
-def _micro_batch_tokens(train: TrainConfig, batch_tokens: int) -> int:
-    return train.micro_batch_tokens * batch_tokens // train.batch_tokens
-
-
-def _misfit(train: TrainConfig, stage: LengthStage, micro: int) -> str:
-    """Why the stage's passes do not come out, and what would."""
+def _misfit(stage: LengthStage, train: TrainConfig, passes: int) -> str:
+    """Why the stage's passes do not hold whole sequences, and what would do."""
+    whole = max(stage.micro_batch_tokens // stage.seq_len, 1) * stage.seq_len
     if stage.batch_tokens == train.batch_tokens:
-        whole = max(micro // stage.seq_len, 1) * stage.seq_len
         return (
-            f"train.micro_batch_tokens={micro} is not a multiple of seq_len={stage.seq_len}; "
-            f"{whole} would do."
+            f"train.micro_batch_tokens={train.micro_batch_tokens} is not a multiple of "
+            f"seq_len={stage.seq_len}; {whole} would do."
         )
-    passes = max(train.batch_tokens // train.micro_batch_tokens, 1)
-    per_step = passes * stage.seq_len
-    whole = max(stage.batch_tokens // per_step, 1) * per_step
     return (
         f"train.stages: batch_tokens={stage.batch_tokens} does not divide into {passes} passes, as "
-        f"many as the run's first step has, of whole sequences of {stage.seq_len}; {whole} would do."
+        f"many as the run's first step has, of whole sequences of {stage.seq_len}; "
+        f"{passes * whole} would do."
     )
 
 
@@ -340,11 +327,12 @@ def _check_parallel(run: RunConfig) -> None:
         )
     if run.train.compile and run.device.type == "cpu" and (missing := missing_for_cpu_compile()):
         raise ValueError(f"train.compile=true on a CPU needs {missing}; leave it false here.")
-    for i, length in enumerate(run.stages):
-        if (micro := run.micro_batch_tokens(i)) % sequence:
+    for length in run.stages:
+        if length.micro_batch_tokens % sequence:
             raise ValueError(
-                f"A pass of {micro} tokens, from step {length.first_step} on, does not divide into "
-                f"parallel.sequence={sequence} equal stretches; see train.micro_batch_tokens."
+                f"A pass of {length.micro_batch_tokens} tokens, from step {length.first_step} on, does "
+                f"not divide into parallel.sequence={sequence} equal stretches; see "
+                "train.micro_batch_tokens."
             )
     alone = stage < 3 and sequence == 1 and run.train.activation_checkpointing == "none"
     if run.train.cuda_graphs and run.device.type == "cuda" and not alone:

@@ -107,9 +107,10 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
     if state.step >= run.num_steps:
         say(f"Nothing left to do: {folder} has all its {run.num_steps} steps.")
 
-    # -- the loop: validate and save what is due, then take a step
-    # Else the Python of the thread that makes batches would hold up this one for 5 ms at a time.
+    # Python's 5 ms are long beside a step, for which the thread that makes batches may hold this one up.
     sys.setswitchinterval(2e-4)
+
+    # -- the loop: validate and save what is due, then take a step
     last = found
     peak = peak_flops(device)
     bytes_of = torch.from_numpy(token_bytes(tokenizer)).to(device)
@@ -126,7 +127,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             model.rotary.set_base(trained.rope_base)
             sequences = list(validation_batches(validation, trained.seq_len, eot, limit))
             # As many in a pass as training has, but something for every rank.
-            at_once = run.micro_batch_tokens(run.stages.index(trained)) // trained.seq_len
+            at_once = trained.micro_batch_tokens // trained.seq_len
             at_once = min(at_once, -(-len(sequences) // ranks.data_ranks))
             batches = [
                 concatenate(sequences[i : i + at_once]) for i in range(0, len(sequences), at_once)
@@ -181,15 +182,15 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             if stop.agreed():
                 break
             batch = next(stream)
-            if peak:
-                flops += model.flops(batch.cu_seqlens.diff().tolist()) / ranks.sequence
-            batch = batch.to(device)
+            documents, batch = batch.cu_seqlens.diff(), batch.to(device)
             watch.lap("data")
             loss = engine(batch)
             watch.lap("forward")
             engine.backward(loss)
             sums += torch.stack([loss.nll_sum, loss.z_sum, loss.count, loss.lesson])
             loss = None  # and the graph behind it, before the next is made
+            if peak:  # counted while the device works
+                flops += model.flops(documents.tolist()) / ranks.sequence
             watch.lap("backward")
             if i < accumulation - 1:
                 engine.step()
@@ -297,7 +298,7 @@ def micro_batches(
     The global batch is the same however many ranks and passes share it.
     """
     per_step, length = run.sequences_per_step(stage), run.stages[stage]
-    count = run.micro_batch_tokens(stage) // length.seq_len
+    count = length.micro_batch_tokens // length.seq_len
     for i in range(step - length.first_step, run.last_step(stage) - length.first_step):
         for start in range(0, per_step, count * ranks.data_ranks):
             first = i * per_step + start + ranks.data_rank * count

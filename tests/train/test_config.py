@@ -63,7 +63,7 @@ def test_a_stage_may_have_larger_batches():
     )
     assert [s.first_step for s in run.stages] == [0, 12, 12 + 6]
     assert [s.first_tokens for s in run.stages] == [0, 12 * 4096, 18 * 4096]
-    assert [run.micro_batch_tokens(i) for i in range(3)] == [2048, 2048, 4096]
+    assert [s.micro_batch_tokens for s in run.stages] == [2048, 2048, 4096]
     assert [run.sequences_per_step(i) for i in range(3)] == [2, 2, 4]
     assert run.num_steps == 18 + (100000 - 18 * 4096) // 8192
     assert run.num_tokens == 18 * 4096 + 3 * 8192
