@@ -54,11 +54,11 @@ class CapturedPasses:
 
 
 class PassGraph:
-    """A captured pass: forward(*inputs) gives scalars, the first of which is the objective, and is run by
-    the parameters of the model.
+    """A captured pass. forward(*inputs) runs the model and gives scalars, the first of which is the
+    objective: its gradients by the model's parameters are captured along.
 
-    inputs are tensors whose shapes are kept. pool: memory shared with another graph of which nothing is
-    in use when this one is replayed.
+    inputs: tensors of the shapes that all later ones have. pool: memory of another graph, of which no
+    result may be in use while this one is replayed.
     """
 
     def __init__(
