@@ -103,6 +103,7 @@ class Decoder(nn.Module):
         tie_embeddings: bool = True,
         norm_eps: float = 1e-6,
         rope_base: float = 10000.0,
+        rope_fraction: float = 1.0,
         yarn_factor: float = 1.0,
         yarn_original_length: int = 8192,
         logit_softcap: float = 0.0,
@@ -129,7 +130,7 @@ class Decoder(nn.Module):
             )
         self.logit_softcap, self.z_loss = logit_softcap, z_loss
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.rotary = Rotary(head_dim, rope_base, yarn_factor, yarn_original_length)
+        self.rotary = Rotary(head_dim, rope_base, rope_fraction, yarn_factor, yarn_original_length)
         shared = dict(
             num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, qk_norm=qk_norm,
             output_gate=output_gate, norm_eps=norm_eps, kv_conv=kv_conv,

@@ -105,7 +105,8 @@ def hf_config(checkpoint: Checkpoint) -> dict:
     }
     kind = attention["_target_"].rpartition(".")[2]
     extras = ("output_gate", "kv_conv", "logit_softcap", "full_layers")
-    plain = not any(model[key] for key in extras) and model["yarn_factor"] == 1
+    plain = not any(model[key] for key in extras)
+    plain = plain and model["yarn_factor"] == model["rope_fraction"] == 1
     stock = STOCK.get((kind, model["qk_norm"])) if plain else None
     if stock is None:
         names = {"AutoConfig": "NsaLmConfig", "AutoModelForCausalLM": "NsaLmForCausalLM"}

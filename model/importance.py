@@ -17,6 +17,7 @@ from kernels.nsa.block_logsumexp import LOW, block_logsumexp
 from kernels.nsa.geometry import Geometry
 
 GOLDEN = (5**0.5 - 1) / 2
+CANDIDATES = 8  # for each query that is taught
 
 
 class DenseSelection(TorchFunctionMode):
@@ -33,10 +34,10 @@ class DenseSelection(TorchFunctionMode):
         return out + gates[..., 1:2] * everything, *rest
 
 
-def taught_queries(num_tokens: int, count: int, device: torch.device) -> Tensor:
+def candidates(num_tokens: int, count: int, device: torch.device) -> Tensor:
     """Rows int64 [count], ascending, one in each of equal stretches, or all of a pass of less than twice
     as many tokens: the same for every batch, at places that fall on all parts of a block alike. Passes
-    of another size teach other queries."""
+    of another size have other candidates."""
     if num_tokens < 2 * count:
         return torch.arange(num_tokens, device=device)
     stretch = torch.arange(count, device=device, dtype=torch.float64)
@@ -47,16 +48,17 @@ def selection_kl(
     q: Tensor, k_cmp: Tensor, k_sel: Tensor, cu_seqlens: Tensor, geometry: Geometry, scale: float,
     queries: int,
 ) -> Tensor:  # fmt: skip
-    """KL(dense attention to each block || importance of each block), mean over so many taught_queries
-    and KV heads: an fp32 scalar.
+    """KL(dense attention to each block || importance of each block), mean over so many queries and KV
+    heads: an fp32 scalar.
 
     q [T, H, D], k_cmp [C, Hkv, D] and k_sel [T, Hkv, D] of packed documents, as those of
     kernels.nsa.ops.nsa_attention. Both sides are means over a KV head's query heads, over the blocks
     that are not taken always, and normalised. The dense attention is detached, and its mass on those
-    blocks weighs the query. No gradient reaches k_sel.
+    blocks weighs the query. No gradient reaches k_sel. Most queries look at what is near: taught are
+    those, of CANDIDATES times as many, that pay the most to any one block.
     """
     num_tokens, size = len(q), geometry.select_block
-    rows = taught_queries(num_tokens, queries, q.device)
+    rows = candidates(num_tokens, CANDIDATES * queries, q.device)
     document = torch.searchsorted(cu_seqlens, rows.int(), right=True) - 1  # of each row
     begin = cu_seqlens[document][:, None]
 
@@ -76,6 +78,9 @@ def selection_kl(
         where = rows.int(), begin[:, 0], first, until, size
         dense = block_logsumexp(q[rows], k_sel, *where, scale).softmax(-1)
         dense = dense.unflatten(0, (k_sel.shape[1], -1)).mean(1) * free
+        peak = dense.amax((0, 2))
+        chosen = peak.topk(min(queries, len(peak))).indices
+        rows, begin, free, dense = rows[chosen], begin[chosen], free[chosen], dense[:, chosen]
         mass = dense.sum(-1, keepdim=True)  # [Hkv, R, 1]
         target = dense / mass.clamp(min=1e-9)
 

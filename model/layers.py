@@ -23,15 +23,18 @@ class Rope(NamedTuple):
 class Rotary(nn.Module):
     """Rotary position embedding (arXiv 2104.09864), half-split, with YaRN scaling (2309.00071).
 
-    A factor of 1 is plain RoPE. With YaRN, frequencies that turn less than `beta_slow` times within
-    the original length are interpolated by `factor`, those that turn more than `beta_fast` times
-    are kept, and the logits' temperature follows YaRN's Eq. 22.
+    Of the pairs of dimensions, the slowest 1 - fraction do not turn: they match by content alone, at any
+    distance, also one that training never saw (p-RoPE, 2410.06205). A yarn_factor of 1 is plain RoPE.
+    With YaRN, frequencies that turn less than `beta_slow` times within the original length are
+    interpolated by the factor, those that turn more than `beta_fast` times are kept, and the logits'
+    temperature follows YaRN's Eq. 22.
     """
 
     def __init__(
         self,
         head_dim: int,
         base: float = 10000.0,
+        fraction: float = 1.0,
         yarn_factor: float = 1.0,
         yarn_original_length: int = 8192,
         beta_fast: float = 32.0,
@@ -40,7 +43,10 @@ class Rotary(nn.Module):
         super().__init__()
         if head_dim % 2:
             raise ValueError(f"Rotary positions need an even head dimension, not {head_dim}.")
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"model.rope_fraction={fraction}; it is a share, from 0 to 1.")
         self.half, self.yarn_factor = head_dim // 2, yarn_factor
+        self.turning = round(fraction * self.half)
         self.yarn_original_length = yarn_original_length
         self.beta_fast, self.beta_slow = beta_fast, beta_slow
         # Kept as bits: a cast of the module to bf16 would round a buffer of fp32.
@@ -50,7 +56,7 @@ class Rotary(nn.Module):
 
     def set_base(self, base: float) -> None:
         """Positions of another base from here on, as when a run goes on with longer sequences."""
-        frequencies = [base ** (-i / self.half) for i in range(self.half)]
+        frequencies = [base ** (-i / self.half) * (i < self.turning) for i in range(self.half)]
         self.magnitude = 1.0
         if self.yarn_factor != 1.0:
             turns = [self.yarn_original_length * f / (2 * math.pi) for f in frequencies]

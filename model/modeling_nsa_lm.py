@@ -33,7 +33,8 @@ class NsaLmConfig(PretrainedConfig):
 def rotary(config, positions):
     """cos and sin, fp32 [T, head_dim / 2]; YaRN (arXiv 2309.00071) when its factor is not 1."""
     half, factor = config["head_dim"] // 2, config["yarn_factor"]
-    frequencies = [config["rope_base"] ** (-i / half) for i in range(half)]
+    turning = round(config["rope_fraction"] * half)  # the others match by content (2410.06205)
+    frequencies = [config["rope_base"] ** (-i / half) * (i < turning) for i in range(half)]
     if factor != 1.0:
         turns = [config["yarn_original_length"] * f / (2 * math.pi) for f in frequencies]
         keep = [min(max((t - 1) / 31, 0.0), 1.0) for t in turns]  # beta 1 and 32

@@ -1,6 +1,6 @@
 """Recipes against each other, at equal tokens and at equal time, from training to results.
 
-    python scripts/compare.py tokens=200_000_000 data=packages data.sources.text.path=~/corpus
+    python scripts/compare.py tokens=100_000_000 data=packages data.sources.text.path=~/corpus
 
 Every recipe trains `tokens`; then every other one trains once more, its schedule shortened or
 lengthened to end after as much time as the first recipe took; and all of it once for each seed. Each
@@ -21,6 +21,7 @@ import ctypes
 import fcntl
 import json
 import os
+import queue
 import re
 import shlex
 import signal
@@ -33,6 +34,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
@@ -133,6 +135,9 @@ class Comparison:
         self.steps = json.loads(self.steps_path.read_text()) if self.steps_path.exists() else {}
         self.children: set[subprocess.Popen] = set()
         self.stopped = 0  # by this signal
+        self.gpus = _gpus() if settings.device == "cuda" else []
+        self.shares = settings.workers > max(1, len(self.gpus))  # a training, its GPU or processor
+        self.thread = threading.local()  # .gpu: that its steps see, None for all
         self.lock = threading.Lock()  # around the steps' file and the pages
 
     def _check_same(self) -> None:
@@ -208,7 +213,11 @@ class Comparison:
         views, seeds = self.settings.views, self.settings.seeds
         budget = {"tokens": self.settings.tokens}
         if self.settings.workers > 1:
-            with ThreadPoolExecutor(self.settings.workers) as pool:
+            free = queue.SimpleQueue()
+            for worker in range(self.settings.workers):
+                free.put(self.gpus[worker % len(self.gpus)] if self.gpus else None)
+            own = {"initializer": lambda: setattr(self.thread, "gpu", free.get())}
+            with ThreadPoolExecutor(self.settings.workers, **own) as pool:
                 runs = [
                     pool.submit(self.train, recipe, recipe.run(seed), seed, budget)
                     for seed in seeds
@@ -298,14 +307,17 @@ class Comparison:
         print(f"\n$ python {shlex.join(command)}", flush=True)
         started, status = time.time(), None
         log = self.folder / f"{name}.log" if self.settings.workers > 1 else None
-        if training and log:
+        if training and self.shares:
             (self.folder / name).mkdir(exist_ok=True)
             _write(self.folder / name / SHARED, json.dumps({"workers": self.settings.workers}))
+        gpu = getattr(self.thread, "gpu", None)
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         if not self.stopped:
             with open(log, "a") if log else nullcontext() as output:
                 child = subprocess.Popen(
                     [sys.executable, *command],
                     cwd=ROOT,
+                    env=environment,
                     stdout=output,
                     stderr=output,
                     preexec_fn=_as_child,
@@ -369,6 +381,12 @@ def alone_in(folder: Path) -> Iterator[int]:
                 "for its end, or give another output_dir=…"
             ) from None
         yield file.fileno()
+
+
+def _gpus() -> list[str]:
+    """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
 
 
 def _as_child() -> None:

@@ -104,7 +104,7 @@ class NSAAttention(Attention):
         num_local: int = 2,
         compression: str = "gated_mean",
         selection_kl: float = 0.0,
-        taught_queries: int = 2048,
+        taught_queries: int = 1024,
         **shared,
     ):
         super().__init__(dim, **shared)

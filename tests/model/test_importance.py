@@ -7,7 +7,7 @@ import torch
 
 from kernels.nsa.geometry import Geometry
 from model.build import build_decoder
-from model.importance import DenseSelection, selection_kl, taught_queries
+from model.importance import DenseSelection, candidates, selection_kl
 from tests.model.test_decoder import MODEL, NSA, VOCAB, make_documents, pack
 
 
@@ -58,11 +58,22 @@ def test_the_lesson_against_a_count_by_hand(geometry):
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_queries_taught_are_spread():
-    rows = taught_queries(65536, 256, torch.device("cpu"))
+def test_taught_are_the_queries_that_pay_most_to_one_block():
+    torch.manual_seed(0)
+    geometry, cu_seqlens = Geometry(4, 2, 4, 3, 8, 1, 1), torch.tensor([0, 48]).int()
+    q, k_sel = torch.randn(48, 4, 8).double(), torch.randn(48, 2, 8).double()
+    k_cmp = torch.randn(geometry.capacity(48), 2, 8).double().requires_grad_()
+    q[30], k_sel[8] = 10 * torch.ones(2, 1, 1)  # which only looks at block 2, and so most of all
+    q.requires_grad_()
+    selection_kl(q, k_cmp, k_sel, cu_seqlens, geometry, 0.3, 1).backward()
+    assert q.grad[30].any() and not torch.cat([q.grad[:30], q.grad[31:]]).any()
+
+
+def test_the_candidates_are_spread():
+    rows = candidates(65536, 256, torch.device("cpu"))
     assert torch.equal(rows // 256, torch.arange(256))
     assert (rows % 64).bincount(minlength=64).min() > 0
-    assert torch.equal(taught_queries(5, 256, torch.device("cpu")), torch.arange(5))
+    assert torch.equal(candidates(5, 256, torch.device("cpu")), torch.arange(5))
 
 
 def test_the_lesson_is_part_of_the_loss_in_training():

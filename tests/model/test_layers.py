@@ -37,6 +37,15 @@ def test_yarn_stretches_slow_frequencies_and_keeps_fast_ones():
     assert yarn.magnitude == pytest.approx(0.1 * math.log(4) + 1) and plain.magnitude == 1
 
 
+def test_the_slowest_pairs_need_not_turn():
+    half = Rotary(64, base=1e4, fraction=0.5)
+    assert half.frequencies == Rotary(64, base=1e4).frequencies[:16] + [0.0] * 16
+    cos, sin = half(torch.tensor([10**6]))[1:]
+    assert (cos[0, 16:] == 1).all() and (sin[0, 16:] == 0).all() and (sin[0, :16] != 0).all()
+    with pytest.raises(ValueError, match="model.rope_fraction=1.5"):
+        Rotary(64, fraction=1.5)
+
+
 def test_positions_keep_their_precision_in_a_bf16_model():
     rotary = Rotary(32).bfloat16()
     cos = rotary(torch.tensor([65535])).cos

@@ -4,7 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +179,31 @@ def test_several_at_a_time_take_the_same_steps(tmp_path):
     four.run()
     assert sorted(four.steps) == sorted(one.steps)
     assert "shared a machine" not in (tmp_path / "one" / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("workers", "shared"), [(2, 0), (4, 4)])
+def test_each_at_a_time_has_a_gpu_of_its_own_where_there_are_enough(
+    workers, shared, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    comparison = fake(
+        tmp_path, views=["tokens"], seeds=[0, 1], workers=workers, evaluate={}, device="cuda"
+    )
+    comparison.step, comparison.report = partial(Comparison.step, comparison), lambda: None
+    seen, together = [], threading.Barrier(workers)  # or one thread might take all steps
+
+    class Child:
+        def __init__(self, command, env, **_):
+            seen.append(env["CUDA_VISIBLE_DEVICES"])
+
+        def wait(self):
+            together.wait(10)
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    monkeypatch.setattr("scripts.compare.load_run", lambda folder: None)
+    comparison.run()
+    assert sorted(seen) == ["3", "3", "5", "5"]
+    assert len(list(tmp_path.glob("*/shared.json"))) == shared
 
 
 def test_one_that_fails_does_not_stop_those_beside_it(tmp_path):
