@@ -232,6 +232,12 @@ class Decoder(nn.Module):
         for block in self.blocks:
             block.recompute = what
 
+    def select_all(self, longest: int | None) -> None:
+        """In training, attention that selects takes all there is in documents of up to `longest` tokens,
+        from here on; None: no longer. A dense warm-up, faster too where documents are short."""
+        for block in self.blocks:
+            block.attention.select_all(longest)
+
     def share_sequences(self, group: ProcessGroup) -> None:
         """Sequence parallelism over the group (model/parallel.py): forward then takes this rank's
         stretch of tokens, positions and targets, and cu_seqlens of the whole."""

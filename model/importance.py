@@ -10,28 +10,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from kernels.dense import full_attention
 from kernels.nsa.block_logsumexp import LOW, block_logsumexp
 from kernels.nsa.geometry import Geometry
 
 GOLDEN = (5**0.5 - 1) / 2
 CANDIDATES = 8  # for each query that is taught
-
-
-class DenseSelection(TorchFunctionMode):
-    """Inside `with DenseSelection()`, NSA's selected branch attends to all tokens, for the first part of
-    a training, in blocks that are not compiled."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not torch.ops.nsa.attention.default:
-            return function(*args, **(kwargs or {}))
-        q, _, _, k_sel, v_sel, _, _, gates, cu_seqlens, longest, _, scale = args
-        others = gates * torch.arange(3, device=gates.device).ne(1)
-        out, *rest = function(*args[:7], others, *args[8:])
-        everything = full_attention(q, k_sel, v_sel, cu_seqlens, longest, scale)
-        return out + gates[..., 1:2] * everything, *rest
 
 
 def candidates(num_tokens: int, count: int, device: torch.device) -> Tensor:
@@ -54,8 +38,8 @@ def selection_kl(
     q [T, H, D], k_cmp [C, Hkv, D] and k_sel [T, Hkv, D] of packed documents, as those of
     kernels.nsa.ops.nsa_attention. Both sides are means over a KV head's query heads, over the blocks
     that are not taken always, and normalised. The dense attention is detached, and its mass on those
-    blocks weighs the query. No gradient reaches k_sel. Most queries look at what is near: taught are
-    those, of CANDIDATES times as many, that pay the most to any one block.
+    blocks weighs the query. No gradient reaches k_sel. Most queries look at what is near: a KV head is
+    taught those, of CANDIDATES times as many, that pay the most to any one block.
     """
     num_tokens, size = len(q), geometry.select_block
     rows = candidates(num_tokens, CANDIDATES * queries, q.device)
@@ -78,20 +62,21 @@ def selection_kl(
         where = rows.int(), begin[:, 0], first, until, size
         dense = block_logsumexp(q[rows], k_sel, *where, scale).softmax(-1)
         dense = dense.unflatten(0, (k_sel.shape[1], -1)).mean(1) * free
-        peak = dense.amax((0, 2))
-        chosen = peak.topk(min(queries, len(peak))).indices
-        rows, begin, free, dense = rows[chosen], begin[chosen], free[chosen], dense[:, chosen]
-        mass = dense.sum(-1, keepdim=True)  # [Hkv, R, 1]
+        chosen = dense.amax(-1).topk(min(queries, len(rows))).indices  # [Hkv, R]
+        head = torch.arange(len(chosen), device=q.device)[:, None]
+        dense = dense[head, chosen]
+        mass = dense.sum(-1, keepdim=True)
         target = dense / mass.clamp(min=1e-9)
+    rows, begin, free = rows[chosen], begin[chosen], free[chosen]
 
     start, there = geometry.block_tokens(cu_seqlens, num_tokens)
     start = torch.where(there, start[:, 0], -1)  # of compressed blocks
     stop = start + geometry.compress_block
-    visible = (start >= begin) & (stop <= rows[:, None] + 1)
+    visible = (start >= begin) & (stop <= rows[..., None] + 1)  # [Hkv, R, C]
     shared = torch.minimum(stop[:, None], torch.minimum(first + size, end))
     shared = (shared - torch.maximum(start[:, None], first)).clamp(min=0)  # tokens [C, blocks]
-    grouped = (q[rows] * scale).unflatten(1, (k_cmp.shape[1], -1))
-    scores = torch.einsum("nkgd,mkd->kgnm", grouped, k_cmp).masked_fill(~visible, LOW)
+    grouped = q.unflatten(1, (len(rows), -1))[rows, head] * scale  # [Hkv, R, G, D]
+    scores = torch.einsum("kngd,mkd->kgnm", grouped, k_cmp).masked_fill(~visible[:, None], LOW)
     paid = scores.softmax(-1, dtype=target.dtype).mean(1) * visible  # the largest tensors here
     importance = (paid.to(q.dtype) @ shared.to(q.dtype)).to(paid.dtype) * free
     importance = importance / importance.sum(-1, keepdim=True).clamp(min=1e-9)

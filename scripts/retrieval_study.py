@@ -28,7 +28,6 @@ import queue
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from typing import NamedTuple
@@ -47,7 +46,6 @@ from data.recall_chain import KEYS, VOCABULARY, Sequences, make_sequences
 from eval.compare import mean_and_range
 from model.build import build_decoder
 from model.decoder import Decoder
-from model.importance import DenseSelection
 from model.probe import BlockRecall
 from train.cuda_graphs import PassGraph
 from train.optimizer import OptimizerConfig, build_optimizer
@@ -113,8 +111,6 @@ class Settings:
             raise ValueError(
                 f"--pairs {self.pairs}: sequences of {self.length} tokens take 1 to {most}."
             )
-        if self.compile and self.dense_warmup:
-            raise ValueError("--dense-warmup does not work with --compile.")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -161,10 +157,9 @@ def losses(logits: Tensor, part: Sequences) -> tuple[Tensor, Tensor]:
     return chain, (recall * asked).sum() / asked.sum()
 
 
-def objective(model, packed: Packed, part: Sequences, dense: bool) -> Tensor:
-    """What is minimised; `dense`: the selected branch sees all tokens."""
-    with DenseSelection() if dense else nullcontext():
-        logits, lesson = packed.run(model, part.tokens)
+def objective(model, packed: Packed, part: Sequences) -> Tensor:
+    """What is minimised."""
+    logits, lesson = packed.run(model, part.tokens)
     return sum(losses(logits, part)) + lesson
 
 
@@ -202,15 +197,14 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["lr_scale"] * _schedule(step, settings)
         dense = step < settings.dense_warmup * settings.steps
+        model.select_all(settings.length if dense else None)
         model.zero_grad()
         if device.type == "cpu":
-            objective(model, packed, part, dense).backward()
+            objective(model, packed, part).backward()
         else:  # a model this small waits for its launches
             if dense not in captured:
                 captured[dense] = PassGraph(
-                    model,
-                    lambda *x, dense=dense: [objective(model, packed, Sequences(*x), dense)],
-                    part,
+                    model, lambda *x: [objective(model, packed, Sequences(*x))], part
                 )
             captured[dense](part)[0].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

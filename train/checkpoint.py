@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
+from model.build import with_defaults
 from model.checkpoint import CONFIG, save_weights
 from train.config import RunConfig
 from train.engine import Engine
@@ -86,6 +87,7 @@ def check_resume(run: RunConfig) -> None:
             "give this one another name=…, or delete the folder."
         )
     stored = yaml.safe_load((found / CONFIG).read_text())
+    stored["model"] = with_defaults(stored["model"], "model")  # of before a key was there
     config = run.as_trained(read_state(found).step)
     for group in ("model", "attention", "tokenizer"):
         for key, before in stored[group].items():  # one that is new since: differences() tells

@@ -29,6 +29,7 @@ class TrainConfig:
     max_tokens: int
     max_steps: int | None
     stages: list
+    dense_until: int
     precision: Literal["auto", "bf16", "fp32"]
     compile: bool
     cuda_graphs: bool
@@ -52,6 +53,8 @@ class TrainConfig:
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}; it must be at least 1.")
+        if self.dense_until < 0:
+            raise ValueError(f"train.dense_until={self.dense_until}; it must be at least 0.")
 
 
 @dataclass(frozen=True)

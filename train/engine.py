@@ -153,6 +153,7 @@ class Engine:
                 config=deepspeed_config(run, ranks.world_size),
             )
         self.stage, self.grad_clip = stage, run.train.grad_clip
+        self.dense_until = run.train.dense_until
         self.module: Decoder = self.deepspeed.module
         if run.train.compile:
             for block in self.module.blocks:
@@ -161,6 +162,7 @@ class Engine:
     def begin_stage(self, seq_len: int, rope_base: float) -> None:
         """Sequences have another length, and positions another base, from here on."""
         self.module.rotary.set_base(rope_base)
+        self.module.select_all(seq_len if seq_len <= self.dense_until else None)
         if self.captured:
             self.captured.begin_stage(seq_len)
 

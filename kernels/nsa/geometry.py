@@ -57,6 +57,10 @@ class Geometry:
         blocks = self.compress_block, self.compress_stride, self.select_block
         return [*blocks, self.num_selected, self.window, self.num_initial, self.num_local]
 
+    def selects_all(self, length: int) -> bool:
+        """Whether every token of documents of up to `length` tokens selects all blocks before it."""
+        return self.num_selected * self.select_block >= length
+
     def num_compressed(self, length):
         """Compressed blocks of a document of `length` tokens (int or tensor)."""
         blocks = (length - self.compress_block) // self.compress_stride + 1

@@ -1,7 +1,8 @@
 """The NSA operator: three branches, one gate, one autograd node.
 
 Two implementations of one contract: Triton kernels on CUDA tensors, the plain torch twin
-(kernels/nsa/reference.py) on any other device. Both are deterministic.
+(kernels/nsa/reference.py) on any other device. Both are deterministic. Where all blocks are selected, as
+in short documents, the selected branch is a window over the whole document.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def _triton() -> SimpleNamespace:
         select_blocks=selection.select_blocks,
         selected_forward=selected.selected_forward,
         selected_backward=selected_backward.selected_backward,
+        window_forward=window.window_forward,
         window_and_merge=window.window_and_merge,
         window_backward=window.window_backward,
         gate_backward=gates.gate_backward,
@@ -113,12 +115,25 @@ def _attention(
     """out, then o and lse of each branch (what the backward needs), then the selected blocks."""
     run, geo, docs = _backend(q), Geometry(*geometry), (cu_seqlens, max_seqlen)
     o_cmp, lse_cmp = run.compressed_forward(q, k_cmp, v_cmp, *docs, geo, scale)
-    indices = run.select_blocks(q, k_cmp, lse_cmp, *docs, geo, scale)
-    o_sel, lse_sel = run.selected_forward(q, k_sel, v_sel, indices, *docs, geo, scale)
+    if geo.selects_all(max_seqlen):
+        indices = _all_blocks(q, k_sel, cu_seqlens, geo)
+        o_sel, lse_sel = run.window_forward(q, k_sel, v_sel, *docs, max_seqlen, scale)
+    else:
+        indices = run.select_blocks(q, k_cmp, lse_cmp, *docs, geo, scale)
+        o_sel, lse_sel = run.selected_forward(q, k_sel, v_sel, indices, *docs, geo, scale)
     out, o_win, lse_win = run.window_and_merge(
         q, k_win, v_win, gates, o_cmp, o_sel, *docs, geo.window, scale
     )
     return out, o_cmp, lse_cmp, o_sel, lse_sel, o_win, lse_win, indices
+
+
+def _all_blocks(q, k_sel, cu_seqlens, geometry: Geometry) -> Tensor:
+    """What select_blocks gives where it can take all: int32 [Hkv, T, n]."""
+    token = torch.arange(len(q), dtype=torch.int32, device=q.device)
+    start = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
+    block = torch.arange(geometry.num_selected, dtype=torch.int32, device=q.device)
+    chosen = block.where(block <= ((token - start) // geometry.select_block)[:, None], -1)
+    return chosen.repeat(k_sel.shape[1], 1, 1)
 
 
 @_attention.register_fake
@@ -161,9 +176,11 @@ def _attention_backward(
     dgates, lse, delta = run.gate_backward(
         dout, gates, (o_cmp, o_sel, o_win), (lse_cmp, lse_sel, lse_win)
     )
-    dq, dk_sel, dv_sel = run.selected_backward(
-        dout, q, k_sel, v_sel, lse[1], delta[1], indices, *docs, geo, scale
-    )
+    selected = dout, q, k_sel, v_sel, lse[1], delta[1]
+    if geo.selects_all(max_seqlen):
+        dq, dk_sel, dv_sel = run.window_backward(*selected, *docs, max_seqlen, scale)
+    else:
+        dq, dk_sel, dv_sel = run.selected_backward(*selected, indices, *docs, geo, scale)
     dq, dk_cmp, dv_cmp = run.compressed_backward(
         dout, q, k_cmp, v_cmp, lse[0], delta[0], *docs, geo, scale, dq
     )

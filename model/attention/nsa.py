@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -112,6 +113,7 @@ class NSAAttention(Attention):
             compress_block, compress_stride, select_block, num_selected, window, num_initial,
             num_local,
         )  # fmt: skip
+        self.training_geometry = self.geometry
         if compression not in COMPRESSIONS:
             raise ValueError(
                 f"attention.compression={compression}: choose one of {', '.join(COMPRESSIONS)}."
@@ -126,6 +128,16 @@ class NSAAttention(Attention):
         self.compress_k = phi(self.num_kv_heads, self.head_dim, self.geometry)
         self.compress_v = phi(self.num_kv_heads, self.head_dim, self.geometry)
         self.branch_gates = nn.Linear(dim, 3 * self.num_heads)
+
+    def select_all(self, longest: int | None) -> None:
+        blocks = -(-(longest or 0) // self.geometry.select_block)
+        blocks = max(blocks, self.geometry.num_selected)
+        self.training_geometry = replace(self.geometry, num_selected=blocks)
+
+    @property
+    def present_geometry(self) -> Geometry:
+        """For whole documents, in training or not."""
+        return self.training_geometry if self.training else self.geometry
 
     def attend(self, q, keys_values, branch_gates, cu_seqlens, max_seqlen, cache):
         gates = torch.sigmoid(branch_gates).unflatten(-1, (self.num_heads, 3))
@@ -152,7 +164,7 @@ class NSAAttention(Attention):
         v_cmp = self.compress_v(v_raw, cu_seqlens, own)
         out, _ = nsa_attention(
             q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, max_seqlen,
-            self.geometry, self.scale,
+            self.present_geometry, self.scale,
         )  # fmt: skip
         out = self.to_tokens(out)
         if not (self.training and self.selection_kl):
@@ -219,5 +231,7 @@ class NSAAttention(Attention):
 
     def flops(self, tokens: int) -> int:
         return sum(
-            attention_flops(tokens, self.num_heads, 2 * self.head_dim, self.geometry).values()
+            attention_flops(
+                tokens, self.num_heads, 2 * self.head_dim, self.present_geometry
+            ).values()
         )

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.gpu
 
 PAPER = Geometry()
 SMALL = Geometry(8, 4, 32, 6, 100)
+ALL = Geometry(num_selected=48)  # blocks, of documents of up to 3072 tokens
 HEADS = [(1, 1, 64), (2, 1, 64), (6, 2, 64), (16, 4, 64), (16, 4, 128), (16, 1, 128), (12, 1, 96)]
 
 
@@ -55,7 +56,7 @@ def error(got, want):
 
 
 @pytest.mark.parametrize("heads, kv_heads, dim", HEADS)
-@pytest.mark.parametrize("geometry", [PAPER, SMALL], ids=["paper", "small"])
+@pytest.mark.parametrize("geometry", [PAPER, SMALL, ALL], ids=["paper", "small", "all"])
 @pytest.mark.parametrize("lengths", [[17, 0, 2048, 3, 731], [3001]], ids=str)
 def test_exact_and_deterministic(heads, kv_heads, dim, geometry, lengths):
     tensors, cu_seqlens = make(lengths, heads, kv_heads, dim, geometry)

@@ -80,6 +80,18 @@ def test_long_document_takes_many_tiles_and_agrees_with_one_tile(monkeypatch):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-9)
 
 
+def test_documents_that_select_all_are_as_if_they_did_so_block_by_block():
+    geometry, lengths = Geometry(4, 2, 8, 5, 6), [40, 0, 3, 17]
+    tensors, cu_seqlens = make_inputs(geometry, lengths, 4, 2, 0)
+    results = []
+    for longest in (40, 41):  # 41 would not all be selected
+        out, indices = nsa_attention(*tensors, cu_seqlens, longest, geometry)
+        results.append([indices, out, *torch.autograd.grad(out.square().sum(), tensors)])
+    assert torch.equal(results[0][0], results[1][0])
+    for whole, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(whole, blocks, rtol=1e-9, atol=1e-9)
+
+
 def test_ties_go_to_the_lower_block():
     geometry = Geometry(4, 4, 4, 4, 4)
     tensors, cu_seqlens = make_inputs(geometry, [40], 1, 1, 0)

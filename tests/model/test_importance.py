@@ -1,13 +1,11 @@
 """The importance's lesson against a count by hand, and the dense warm-up against all blocks chosen."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from kernels.nsa.geometry import Geometry
 from model.build import build_decoder
-from model.importance import DenseSelection, candidates, selection_kl
+from model.importance import candidates, selection_kl
 from tests.model.test_decoder import MODEL, NSA, VOCAB, make_documents, pack
 
 
@@ -130,15 +128,20 @@ def test_a_compiled_block_takes_any_number_of_documents():
 
 def test_the_warm_up_is_as_if_all_blocks_were_chosen():
     model, documents = make_model(), make_documents()
-    inputs = pack(documents)
-    with DenseSelection():
-        dense = model(*inputs, targets=torch.cat(documents)).objective
-    gradients = torch.autograd.grad(dense, [*model.parameters()])
-    for block in model.blocks:
-        attention = block.attention
-        attention.geometry = dataclasses.replace(attention.geometry, num_selected=8)
-    everything = model(*inputs, targets=torch.cat(documents)).objective
-    expected = torch.autograd.grad(everything, [*model.parameters()])
-    torch.testing.assert_close(dense, everything)
-    for found, want in zip(gradients, expected, strict=True):
+    inputs, targets = pack(documents), torch.cat(documents)
+    longest = max(map(len, documents))
+
+    def outcome(*inputs):
+        objective = model(*inputs, targets=targets).objective
+        return [objective, *torch.autograd.grad(objective, [*model.parameters()])]
+
+    few, evaluated = outcome(*inputs), model.eval()(*inputs)
+    model.train().select_all(longest)
+    operations, dense = model.flops([longest]), outcome(*inputs)
+    assert torch.equal(model.eval()(*inputs), evaluated)
+    model.train()
+    chosen = outcome(*inputs[:-1], 1000)  # of documents that might be longer: block by block
+    for found, want in zip(dense, chosen, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-9)
+    model.select_all(None)
+    assert all(map(torch.equal, outcome(*inputs), few)) and model.flops([longest]) < operations

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.train.ranks import ROOT, SMALL, pretrain, start
 
 TIMING = ("time", "tokens_per_s", "seconds/", "data_wait")
-CHOICES = ("selection/",)  # of blocks: a rounding may tip one
+CHOICES = ("selection/", "selection_kl")  # of blocks, and of whom to teach: a rounding may tip one
 
 
 def metrics(run):
@@ -180,6 +180,16 @@ def test_stages_change_lengths_and_positions_and_resume_bit_for_bit(outputs):
     same_weights(weights(outputs / "staged"), weights(outputs / "parts"))
     pretrain(outputs, "name=shared", "parallel.sequence=2", *STAGES, world_size=2)
     same_curve(outputs / "staged", outputs / "shared", rel=1e-5)
+
+
+def test_a_dense_warm_up_lasts_as_long_as_sequences_are_short(outputs):
+    """Selected are 8 blocks of 32 tokens: of 256 all; of 512 and 1024, in steps 3 to 6, not."""
+    losses = {}
+    for until in (0, 256, 512):
+        pretrain(outputs, f"name=until_{until}", f"train.dense_until={until}", *STAGES)
+        losses[until] = [m["loss"] for m in metrics(outputs / f"until_{until}") if "loss" in m]
+    assert losses[0] == losses[256]
+    assert losses[512][:2] == losses[0][:2] and losses[512][2] != losses[0][2]
 
 
 LARGER = [
