@@ -52,15 +52,16 @@ def test_every_variant_is_a_model_of_its_own():
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_a_captured_pass_has_the_gradients_of_a_plain_one(dense, no_graphs):
-    settings = Settings(128, 2, 1, 2, 1, 1, False, 1.0, 0.5)
+    settings = Settings(512, 2, 1, 2, 1, 1, False, 1.0, 0.5)  # more than are all selected
     run = Run("nsa", ["attention=nsa_small", "attention.selection_kl=1", "model.num_layers=1"], 0)
     _, model, _ = build(run)
     packed = Packed(settings, torch.device("cpu"))
-    part = make_sequences(2, 128, 2, 1, np.random.default_rng(0))
-    objective(model, packed, part, dense).backward()
+    part = make_sequences(2, 512, 2, 1, np.random.default_rng(0))
+    model.select_all(512 if dense else None)
+    objective(model, packed, part).backward()
     expected = [p.grad for p in model.parameters()]
     model.zero_grad()
-    graph = PassGraph(model, lambda *x: [objective(model, packed, Sequences(*x), dense)], part)
+    graph = PassGraph(model, lambda *x: [objective(model, packed, Sequences(*x))], part)
     graph(part)[0].backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], expected)
 
