@@ -62,7 +62,9 @@ def selection_kl(
         where = rows.int(), begin[:, 0], first, until, size
         dense = block_logsumexp(q[rows], k_sel, *where, scale).softmax(-1)
         dense = dense.unflatten(0, (k_sel.shape[1], -1)).mean(1) * free
-        chosen = dense.amax(-1).topk(min(queries, len(rows))).indices  # [Hkv, R]
+        # Rounded, so that the last bits, which depend on how ranks share the work, hardly decide.
+        peak = dense.amax(-1).bfloat16()
+        chosen = peak.sort(stable=True, descending=True).indices[:, :queries]  # [Hkv, R]
         head = torch.arange(len(chosen), device=q.device)[:, None]
         dense = dense[head, chosen]
         mass = dense.sum(-1, keepdim=True)
