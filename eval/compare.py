@@ -177,7 +177,7 @@ def shared_note(runs: Sequence[Run]) -> str:
     """That speeds are no measure of runs that trained beside each other; empty without such runs."""
     names = [run.name for run in runs if (run.folder / SHARED).is_file()]
     return (
-        f"These shared a machine while they trained, which slowed them: {', '.join(names)}. "
+        f"These trained beside each other, which slowed them: {', '.join(names)}. "
         "Times and tokens/s say nothing of their recipes."
         if names
         else ""

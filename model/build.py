@@ -24,7 +24,8 @@ def build_decoder(model: Mapping, attention: Mapping, vocab_size: int) -> Decode
 def with_defaults(group: Mapping, where: str) -> dict:
     """A config group with every key that its class reads, defaults included."""
     parameters = inspect.signature(_target(group, where)).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not p.empty} | dict(group)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()} | dict(group)
 
 
 def _target(group: Mapping, where: str):

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from model.build import build_decoder
+from model.build import build_decoder, with_defaults
 from model.decoder import Decoder
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.yaml", "tokenizer.json"
@@ -71,6 +71,12 @@ def init_from(model: Decoder, path: str | Path, tokenizer: Tokenizer) -> str:
         raise ValueError(
             f"{folder} was trained with another tokenizer than this run's data; start with "
             f"tokenizer=file tokenizer.path={folder / TOKENIZER}."
+        )
+    stored = yaml.safe_load((folder / CONFIG).read_text())["model"]
+    if (theirs := with_defaults(stored, "model")["rope_fraction"]) != model.rotary.fraction:
+        raise ValueError(
+            f"model.rope_fraction is {model.rotary.fraction}, but {theirs} in {folder}; start with "
+            f"model.rope_fraction={theirs}."
         )
     weights, fresh, used = load_file(folder / WEIGHTS), [], set()
     for name, parameter in model.named_parameters():

@@ -232,11 +232,10 @@ class Decoder(nn.Module):
         for block in self.blocks:
             block.recompute = what
 
-    def select_all(self, longest: int | None) -> None:
-        """In training, attention that selects takes all there is in documents of up to `longest` tokens,
-        from here on; None: no longer. A dense warm-up, faster too where documents are short."""
+    def select_all(self, on: bool) -> None:
+        """Dense warm-up: whether attention that selects takes all there is, in training, from here on."""
         for block in self.blocks:
-            block.attention.select_all(longest)
+            block.attention.select_all(on)
 
     def share_sequences(self, group: ProcessGroup) -> None:
         """Sequence parallelism over the group (model/parallel.py): forward then takes this rank's

@@ -1,8 +1,8 @@
 """Checkpoints as Hugging Face transformers has them, and back.
 
-A decoder that is one of transformers' own (full or sliding attention, no output gate, convolution,
-soft-cap or YaRN) becomes a Llama, Qwen3 or Mistral; any other keeps nsa-lm's names and brings
-model/modeling_nsa_lm.py with it. Only files are written and read: transformers is not needed.
+A decoder that is one of transformers' own (full or sliding attention, all dimensions rotary, no output
+gate, convolution, soft-cap or YaRN) becomes a Llama, Qwen3 or Mistral; any other keeps nsa-lm's names and
+brings model/modeling_nsa_lm.py with it. Only files are written and read: transformers is not needed.
 """
 
 from __future__ import annotations

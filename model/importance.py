@@ -39,7 +39,7 @@ def selection_kl(
     kernels.nsa.ops.nsa_attention. Both sides are means over a KV head's query heads, over the blocks
     that are not taken always, and normalised. The dense attention is detached, and its mass on those
     blocks weighs the query. No gradient reaches k_sel. Most queries look at what is near: a KV head is
-    taught those, of CANDIDATES times as many, that pay the most to any one block.
+    taught those, of CANDIDATES times as many, that pay the most to one of those blocks.
     """
     num_tokens, size = len(q), geometry.select_block
     rows = candidates(num_tokens, CANDIDATES * queries, q.device)
@@ -62,7 +62,8 @@ def selection_kl(
         where = rows.int(), begin[:, 0], first, until, size
         dense = block_logsumexp(q[rows], k_sel, *where, scale).softmax(-1)
         dense = dense.unflatten(0, (k_sel.shape[1], -1)).mean(1) * free
-        # Rounded, so that the last bits, which depend on how ranks share the work, hardly decide.
+        # Rounded, so that the last bits, which depend on how ranks share the work, hardly decide; of
+        # equal ones the first are taken.
         peak = dense.amax(-1).bfloat16()
         chosen = peak.sort(stable=True, descending=True).indices[:, :queries]  # [Hkv, R]
         head = torch.arange(len(chosen), device=q.device)[:, None]
@@ -79,7 +80,7 @@ def selection_kl(
     shared = (shared - torch.maximum(start[:, None], first)).clamp(min=0)  # tokens [C, blocks]
     grouped = q.unflatten(1, (len(rows), -1))[rows, head] * scale  # [Hkv, R, G, D]
     scores = torch.einsum("kngd,mkd->kgnm", grouped, k_cmp).masked_fill(~visible[:, None], LOW)
-    paid = scores.softmax(-1, dtype=target.dtype).mean(1) * visible  # the largest tensors here
+    paid = scores.softmax(-1, dtype=target.dtype).mean(1) * visible
     importance = (paid.to(q.dtype) @ shared.to(q.dtype)).to(paid.dtype) * free
     importance = importance / importance.sum(-1, keepdim=True).clamp(min=1e-9)
     kl = torch.xlogy(target, target) - target * importance.clamp(min=1e-9).log()

@@ -45,8 +45,7 @@ class Rotary(nn.Module):
             raise ValueError(f"Rotary positions need an even head dimension, not {head_dim}.")
         if not 0 <= fraction <= 1:
             raise ValueError(f"model.rope_fraction={fraction}; it is a share, from 0 to 1.")
-        self.half, self.yarn_factor = head_dim // 2, yarn_factor
-        self.turning = round(fraction * self.half)
+        self.half, self.fraction, self.yarn_factor = head_dim // 2, fraction, yarn_factor
         self.yarn_original_length = yarn_original_length
         self.beta_fast, self.beta_slow = beta_fast, beta_slow
         # Kept as bits: a cast of the module to bf16 would round a buffer of fp32.
@@ -56,7 +55,8 @@ class Rotary(nn.Module):
 
     def set_base(self, base: float) -> None:
         """Positions of another base from here on, as when a run goes on with longer sequences."""
-        frequencies = [base ** (-i / self.half) * (i < self.turning) for i in range(self.half)]
+        turning = round(self.fraction * self.half)
+        frequencies = [base ** (-i / self.half) * (i < turning) for i in range(self.half)]
         self.magnitude = 1.0
         if self.yarn_factor != 1.0:
             turns = [self.yarn_original_length * f / (2 * math.pi) for f in frequencies]

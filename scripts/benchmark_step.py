@@ -112,12 +112,13 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
     run, device = check_config(raw), ranks.device
     torch.manual_seed(0)
     model = build_decoder(raw["model"], raw["attention"], raw["tokenizer"]["vocab_size"])
-    flops, count = model.flops_per_token(run.train.seq_len), model.num_parameters()
+    count = model.num_parameters()
     if bare:
         engine = BareLoop(model, run, device)
     else:
         engine = Engine(model, run, ranks)
         engine.begin_stage(run.train.seq_len, raw["model"]["rope_base"])
+    flops = model.flops_per_token(run.train.seq_len)
     batch, cuda = random_batch(run, device), device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()

@@ -110,8 +110,8 @@ class CompareSettings:
             raise ValueError(f"workers={self.workers}; it must be at least 1.")
         if self.workers > 1 and (self.minutes is not None or self.views != ["tokens"]):
             raise ValueError(
-                f"workers={self.workers}: trainings that share a machine slow each other down, so "
-                "no time can be given to one; compare with tokens=… and views=[tokens]."
+                f"workers={self.workers}: trainings at the same time have no times that others could "
+                "be given; compare with tokens=… and views=[tokens]."
             )
         for name in self.evaluate:
             if not (ROOT / "eval" / f"{name}.py").is_file():
@@ -136,7 +136,8 @@ class Comparison:
         self.children: set[subprocess.Popen] = set()
         self.stopped = 0  # by this signal
         self.gpus = _gpus() if settings.device == "cuda" else []
-        self.shares = settings.workers > max(1, len(self.gpus))  # a training, its GPU or processor
+        together = min(settings.workers, len(settings.recipes) * len(settings.seeds))
+        self.shared = together > max(1, len(self.gpus))  # a GPU, or the processor, by trainings
         self.thread = threading.local()  # .gpu: that its steps see, None for all
         self.lock = threading.Lock()  # around the steps' file and the pages
 
@@ -304,20 +305,21 @@ class Comparison:
         training = script.startswith("train/")
         where = f"output_dir={place}" if training else f"checkpoint={place}/{name}"
         command = [script, *arguments, where]
-        print(f"\n$ python {shlex.join(command)}", flush=True)
+        gpu = getattr(self.thread, "gpu", None)
+        visible = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
+        spelt = [*(f"{k}={v}" for k, v in visible.items()), "python", shlex.join(command)]
+        print("\n$", *spelt, flush=True)
         started, status = time.time(), None
         log = self.folder / f"{name}.log" if self.settings.workers > 1 else None
-        if training and self.shares:
+        if training and self.shared:
             (self.folder / name).mkdir(exist_ok=True)
             _write(self.folder / name / SHARED, json.dumps({"workers": self.settings.workers}))
-        gpu = getattr(self.thread, "gpu", None)
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         if not self.stopped:
             with open(log, "a") if log else nullcontext() as output:
                 child = subprocess.Popen(
                     [sys.executable, *command],
                     cwd=ROOT,
-                    env=environment,
+                    env=os.environ | visible,
                     stdout=output,
                     stderr=output,
                     preexec_fn=_as_child,
@@ -386,7 +388,11 @@ def alone_in(folder: Path) -> Iterator[int]:
 def _gpus() -> list[str]:
     """Those that this process may use, as CUDA_VISIBLE_DEVICES names them."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
+    return (
+        given.replace(" ", "").split(",")
+        if given
+        else [str(i) for i in range(torch.cuda.device_count())]
+    )
 
 
 def _as_child() -> None:

@@ -197,7 +197,7 @@ def train(run: Run, settings: Settings, device: torch.device) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["lr_scale"] * _schedule(step, settings)
         dense = step < settings.dense_warmup * settings.steps
-        model.select_all(settings.length if dense else None)
+        model.select_all(dense)
         model.zero_grad()
         if device.type == "cpu":
             objective(model, packed, part).backward()

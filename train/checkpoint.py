@@ -87,8 +87,9 @@ def check_resume(run: RunConfig) -> None:
             "give this one another name=…, or delete the folder."
         )
     stored = yaml.safe_load((found / CONFIG).read_text())
-    stored["model"] = with_defaults(stored["model"], "model")  # of before a key was there
     config = run.as_trained(read_state(found).step)
+    for side in stored, config:  # where either has no value for a key, it has its default
+        side["model"] = with_defaults(side["model"], "model")
     for group in ("model", "attention", "tokenizer"):
         for key, before in stored[group].items():  # one that is new since: differences() tells
             now = config[group].get(key)

@@ -162,7 +162,7 @@ class Engine:
     def begin_stage(self, seq_len: int, rope_base: float) -> None:
         """Sequences have another length, and positions another base, from here on."""
         self.module.rotary.set_base(rope_base)
-        self.module.select_all(seq_len if seq_len <= self.dense_until else None)
+        self.module.select_all(seq_len <= self.dense_until)
         if self.captured:
             self.captured.begin_stage(seq_len)
 

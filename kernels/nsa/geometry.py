@@ -29,13 +29,15 @@ class Geometry:
     compress_block: int = 32  # l
     compress_stride: int = 16  # d
     select_block: int = 64  # l'
-    num_selected: int = 16  # n, blocks per token and KV head, forced ones included
+    num_selected: int = (
+        16  # n, blocks per token and KV head, forced ones included; 0: all (nsa_attention)
+    )
     window: int = 512  # w
     num_initial: int = 1  # blocks at the start of the document that are always selected
     num_local: int = 2  # the own block and those before it that are always selected
 
     def __post_init__(self) -> None:
-        for name in ("compress_block", "compress_stride", "select_block", "num_selected", "window"):
+        for name in ("compress_block", "compress_stride", "select_block", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"NSA {name} is {getattr(self, name)}; it must be at least 1.")
         for name in ("compress_block", "select_block"):
@@ -46,7 +48,7 @@ class Geometry:
                 )
         if self.num_initial < 0 or self.num_local < 1:
             raise ValueError("NSA needs num_initial >= 0 and num_local >= 1 (the own block).")
-        if self.num_selected < self.num_initial + self.num_local:
+        if self.num_selected and self.num_selected < self.num_initial + self.num_local:
             raise ValueError(
                 f"NSA num_selected={self.num_selected} is smaller than the forced blocks, "
                 f"num_initial + num_local = {self.num_initial + self.num_local}."
@@ -56,10 +58,6 @@ class Geometry:
         """All of them, as torch's operators take them; Geometry(*numbers) is the way back."""
         blocks = self.compress_block, self.compress_stride, self.select_block
         return [*blocks, self.num_selected, self.window, self.num_initial, self.num_local]
-
-    def selects_all(self, length: int) -> bool:
-        """Whether every token of documents of up to `length` tokens selects all blocks before it."""
-        return self.num_selected * self.select_block >= length
 
     def num_compressed(self, length):
         """Compressed blocks of a document of `length` tokens (int or tensor)."""

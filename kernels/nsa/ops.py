@@ -1,8 +1,7 @@
 """The NSA operator: three branches, one gate, one autograd node.
 
 Two implementations of one contract: Triton kernels on CUDA tensors, the plain torch twin
-(kernels/nsa/reference.py) on any other device. Both are deterministic. Where all blocks are selected, as
-in short documents, the selected branch is a window over the whole document.
+(kernels/nsa/reference.py) on any other device. Both are deterministic.
 """
 
 from __future__ import annotations
@@ -40,7 +39,8 @@ def nsa_attention(
     v_cmp [C, Hkv, Dv] with C = geometry.capacity(T) rows laid out by geometry.compressed_offsets;
     gates [T, H, 3] in the branch order above, already passed through the sigmoid (the backward
     needs them not negative); cu_seqlens int32 [N + 1] from 0 to T; max_seqlen the longest document
-    in tokens (an upper bound will do); scale defaults to Dk ** -0.5. Any strides.
+    in tokens (an upper bound will do); scale defaults to Dk ** -0.5. Any strides. With
+    geometry.num_selected = 0 the selected branch attends to the whole past: a dense warm-up.
 
     Returns the output [T, H, Dv] in q's dtype, and the selected blocks int32 [Hkv, T, n] (see
     reference.select_blocks), through which no gradient flows.
@@ -115,25 +115,16 @@ def _attention(
     """out, then o and lse of each branch (what the backward needs), then the selected blocks."""
     run, geo, docs = _backend(q), Geometry(*geometry), (cu_seqlens, max_seqlen)
     o_cmp, lse_cmp = run.compressed_forward(q, k_cmp, v_cmp, *docs, geo, scale)
-    if geo.selects_all(max_seqlen):
-        indices = _all_blocks(q, k_sel, cu_seqlens, geo)
-        o_sel, lse_sel = run.window_forward(q, k_sel, v_sel, *docs, max_seqlen, scale)
-    else:
+    if geo.num_selected:
         indices = run.select_blocks(q, k_cmp, lse_cmp, *docs, geo, scale)
         o_sel, lse_sel = run.selected_forward(q, k_sel, v_sel, indices, *docs, geo, scale)
+    else:
+        indices = q.new_empty(k_sel.shape[1], len(q), 0, dtype=torch.int32)
+        o_sel, lse_sel = run.window_forward(q, k_sel, v_sel, *docs, max_seqlen, scale)
     out, o_win, lse_win = run.window_and_merge(
         q, k_win, v_win, gates, o_cmp, o_sel, *docs, geo.window, scale
     )
     return out, o_cmp, lse_cmp, o_sel, lse_sel, o_win, lse_win, indices
-
-
-def _all_blocks(q, k_sel, cu_seqlens, geometry: Geometry) -> Tensor:
-    """What select_blocks gives where it can take all: int32 [Hkv, T, n]."""
-    token = torch.arange(len(q), dtype=torch.int32, device=q.device)
-    start = cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
-    block = torch.arange(geometry.num_selected, dtype=torch.int32, device=q.device)
-    chosen = block.where(block <= ((token - start) // geometry.select_block)[:, None], -1)
-    return chosen.repeat(k_sel.shape[1], 1, 1)
 
 
 @_attention.register_fake
@@ -177,10 +168,10 @@ def _attention_backward(
         dout, gates, (o_cmp, o_sel, o_win), (lse_cmp, lse_sel, lse_win)
     )
     selected = dout, q, k_sel, v_sel, lse[1], delta[1]
-    if geo.selects_all(max_seqlen):
-        dq, dk_sel, dv_sel = run.window_backward(*selected, *docs, max_seqlen, scale)
-    else:
+    if geo.num_selected:
         dq, dk_sel, dv_sel = run.selected_backward(*selected, indices, *docs, geo, scale)
+    else:
+        dq, dk_sel, dv_sel = run.window_backward(*selected, *docs, max_seqlen, scale)
     dq, dk_cmp, dv_cmp = run.compressed_backward(
         dout, q, k_cmp, v_cmp, lse[0], delta[0], *docs, geo, scale, dq
     )
@@ -223,7 +214,7 @@ def attention_flops(tokens: int, heads: int, dims: int, geometry: Geometry) -> d
     dims = Dk + Dv; a multiply-add counts as two. The pairs are those the definition asks for, not
     those a kernel's padding executes; the scores of the selection are the compressed branch's.
     """
-    chosen = geometry.num_selected * geometry.select_block
+    chosen = geometry.num_selected * geometry.select_block or tokens
     pairs = {
         "compressed": causal_pairs(tokens, tokens) // geometry.compress_stride,
         "selected": causal_pairs(tokens, chosen),

@@ -99,7 +99,7 @@ class Attention(nn.Module, ABC):
         """The way back, for the attention's output."""
         return x if self.exchange is None else self.exchange.to_tokens(x)
 
-    def select_all(self, longest: int | None) -> None:
+    def select_all(self, on: bool) -> None:
         """As Decoder.select_all."""
 
     @abstractmethod

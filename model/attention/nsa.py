@@ -114,6 +114,8 @@ class NSAAttention(Attention):
             num_local,
         )  # fmt: skip
         self.training_geometry = self.geometry
+        if num_selected < 1:
+            raise ValueError(f"attention.num_selected={num_selected}; it must be at least 1.")
         if compression not in COMPRESSIONS:
             raise ValueError(
                 f"attention.compression={compression}: choose one of {', '.join(COMPRESSIONS)}."
@@ -129,14 +131,13 @@ class NSAAttention(Attention):
         self.compress_v = phi(self.num_kv_heads, self.head_dim, self.geometry)
         self.branch_gates = nn.Linear(dim, 3 * self.num_heads)
 
-    def select_all(self, longest: int | None) -> None:
-        blocks = -(-(longest or 0) // self.geometry.select_block)
-        blocks = max(blocks, self.geometry.num_selected)
-        self.training_geometry = replace(self.geometry, num_selected=blocks)
+    def select_all(self, on: bool) -> None:
+        chosen = 0 if on else self.geometry.num_selected
+        self.training_geometry = replace(self.geometry, num_selected=chosen)
 
     @property
-    def present_geometry(self) -> Geometry:
-        """For whole documents, in training or not."""
+    def active_geometry(self) -> Geometry:
+        """That of a pass over whole documents, which a dense warm-up changes in training."""
         return self.training_geometry if self.training else self.geometry
 
     def attend(self, q, keys_values, branch_gates, cu_seqlens, max_seqlen, cache):
@@ -164,7 +165,7 @@ class NSAAttention(Attention):
         v_cmp = self.compress_v(v_raw, cu_seqlens, own)
         out, _ = nsa_attention(
             q, k_cmp, v_cmp, k_sel, v_sel, k_win, v_win, gates, cu_seqlens, max_seqlen,
-            self.present_geometry, self.scale,
+            self.active_geometry, self.scale,
         )  # fmt: skip
         out = self.to_tokens(out)
         if not (self.training and self.selection_kl):
@@ -232,6 +233,6 @@ class NSAAttention(Attention):
     def flops(self, tokens: int) -> int:
         return sum(
             attention_flops(
-                tokens, self.num_heads, 2 * self.head_dim, self.present_geometry
+                tokens, self.num_heads, 2 * self.head_dim, self.active_geometry
             ).values()
         )

@@ -74,11 +74,13 @@ def test_the_backward_equals_the_twin(tokens, heads, dim, dtype):
         torch.testing.assert_close(g.double(), w.double(), **tolerance)
 
 
-def test_the_whole_operator_from_its_kernels(monkeypatch):
+@pytest.mark.parametrize("num_selected", [3, 0])
+def test_the_whole_operator_from_its_kernels(monkeypatch, num_selected):
     if DEVICE == "cpu":
         monkeypatch.setattr(csr, "_SORT", 32)  # the interpreter sorts slowly
     torch.manual_seed(0)
-    geometry, lengths, heads, kv_heads, dim = Geometry(8, 4, 16, 3, 16), [37, 0, 1, 20], 4, 2, 16
+    geometry = Geometry(8, 4, 16, num_selected, 16)
+    lengths, heads, kv_heads, dim = [37, 0, 1, 20], 4, 2, 16
     tokens, rows = sum(lengths), geometry.capacity(sum(lengths))
     tensors = [random(tokens, heads, dim)]
     tensors += [random(n, kv_heads, dim) for n in (rows, rows, tokens, tokens, tokens, tokens)]

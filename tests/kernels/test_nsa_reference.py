@@ -80,14 +80,14 @@ def test_long_document_takes_many_tiles_and_agrees_with_one_tile(monkeypatch):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-9)
 
 
-def test_documents_that_select_all_are_as_if_they_did_so_block_by_block():
-    geometry, lengths = Geometry(4, 2, 8, 5, 6), [40, 0, 3, 17]
-    tensors, cu_seqlens = make_inputs(geometry, lengths, 4, 2, 0)
-    results = []
-    for longest in (40, 41):  # 41 would not all be selected
-        out, indices = nsa_attention(*tensors, cu_seqlens, longest, geometry)
-        results.append([indices, out, *torch.autograd.grad(out.square().sum(), tensors)])
-    assert torch.equal(results[0][0], results[1][0])
+def test_no_selection_is_as_if_all_blocks_were_chosen():
+    lengths, results = [40, 0, 3, 17], []
+    for count in (0, 5):  # of 8 tokens
+        geometry = Geometry(4, 2, 8, count, 6)
+        tensors, cu_seqlens = make_inputs(geometry, lengths, 4, 2, 0)
+        out, indices = nsa_attention(*tensors, cu_seqlens, 40, geometry)
+        assert indices.shape == (4, 60, count)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
     for whole, blocks in zip(*results, strict=True):
         torch.testing.assert_close(whole, blocks, rtol=1e-9, atol=1e-9)
 

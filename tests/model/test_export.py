@@ -36,6 +36,7 @@ CASES = {
     "gated": (FULL, {}, "NsaLmForCausalLM"),
     "convolved": (FULL, {"output_gate": False, "kv_conv": 3}, "NsaLmForCausalLM"),
     "half turning": (FULL, {**STOCK, "rope_fraction": 0.5}, "NsaLmForCausalLM"),
+    "nsa, half turning": (NSA, {"rope_fraction": 0.5, "yarn_factor": 4.0}, "NsaLmForCausalLM"),
     "yarn, capped": (SLIDING, {"yarn_factor": 4.0, "yarn_original_length": 64,
                                "logit_softcap": 5.0}, "NsaLmForCausalLM"),
     "nsa": (NSA, {}, "NsaLmForCausalLM"),

@@ -1,5 +1,7 @@
 """The importance's lesson against a count by hand, and the dense warm-up against all blocks chosen."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -111,6 +113,8 @@ def test_only_what_makes_the_importance_learns_from_it():
         make_model(selection_kl=-1)
     with pytest.raises(ValueError, match="attention.taught_queries=0"):
         make_model(taught_queries=0)
+    with pytest.raises(ValueError, match="attention.num_selected=0"):
+        make_model(num_selected=0)
 
 
 def test_a_compiled_block_takes_any_number_of_documents():
@@ -126,22 +130,27 @@ def test_a_compiled_block_takes_any_number_of_documents():
         model(tokens, positions, cu_seqlens, 96, targets=torch.cat(documents))
 
 
-def test_the_warm_up_is_as_if_all_blocks_were_chosen():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_warm_up_is_as_if_all_blocks_were_chosen(compiled):
+    torch._dynamo.reset()
     model, documents = make_model(), make_documents()
     inputs, targets = pack(documents), torch.cat(documents)
-    longest = max(map(len, documents))
+    if compiled:
+        for block in model.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
 
-    def outcome(*inputs):
+    def outcome():
         objective = model(*inputs, targets=targets).objective
         return [objective, *torch.autograd.grad(objective, [*model.parameters()])]
 
-    few, evaluated = outcome(*inputs), model.eval()(*inputs)
-    model.train().select_all(longest)
-    operations, dense = model.flops([longest]), outcome(*inputs)
+    few, evaluated = outcome(), model.eval()(*inputs)
+    model.train().select_all(True)
+    operations, dense = model.flops([64]), outcome()
     assert torch.equal(model.eval()(*inputs), evaluated)
-    model.train()
-    chosen = outcome(*inputs[:-1], 1000)  # of documents that might be longer: block by block
-    for found, want in zip(dense, chosen, strict=True):
+    model.train().select_all(False)
+    assert all(map(torch.equal, outcome(), few)) and model.flops([64]) < operations
+    for block in model.blocks:
+        attention = block.attention
+        attention.training_geometry = dataclasses.replace(attention.geometry, num_selected=8)
+    for found, want in zip(dense, outcome(), strict=True):
         torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-9)
-    model.select_all(None)
-    assert all(map(torch.equal, outcome(*inputs), few)) and model.flops([longest]) < operations

@@ -43,10 +43,10 @@ def test_two_recipes_end_to_end(tmp_path, monkeypatch):
         "novels 80%, tasks 20%",
         "Needle",
         "scripts/compare",
-        "These shared a machine while they trained, which slowed them: nsa_small_64k, coarse.",
+        "These trained beside each other, which slowed them: nsa_small_64k, coarse.",
     ):
         assert words in text, words
-    assert "These shared a machine" in (tmp_path / "report.html").read_text()
+    assert "These trained beside each other" in (tmp_path / "report.html").read_text()
     config = yaml.safe_load((tmp_path / "coarse/config.yaml").read_text())
     assert config["attention"]["compress_block"] == 64 and config["seed"] == 0
     assert "Loss at equal tokens" in (tmp_path / "report.html").read_text()
@@ -178,7 +178,7 @@ def test_several_at_a_time_take_the_same_steps(tmp_path):
     one.run()
     four.run()
     assert sorted(four.steps) == sorted(one.steps)
-    assert "shared a machine" not in (tmp_path / "one" / "results.md").read_text()
+    assert "beside each other" not in (tmp_path / "one" / "results.md").read_text()
 
 
 @pytest.mark.parametrize(("workers", "shared"), [(2, 0), (4, 4)])
@@ -363,7 +363,7 @@ def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
             "a: its stages begin at numbers of tokens",
         ),
         (["tokens=5", "views=[steps]"], "choose among tokens and time"),
-        (["tokens=5", "workers=2"], "no time can be given to one"),
+        (["tokens=5", "workers=2"], "trainings at the same time have no times"),
         (["tokens=5", "evaluate.needles.depths=3"], "there is no eval/needles.py"),
         (["tokens=5", "views=["], "no viable alternative at input"),
         (["tokens=5", "recipes=[a=nsa_8k]"], "with = in it needs quotes of its own"),

@@ -90,6 +90,9 @@ def test_a_run_of_before_a_key_was_there_may_go_on(tmp_path):
     check_resume(check_config(resolved(*how)))
     with pytest.raises(ValueError, match=r"model.rope_fraction is 0.5, .* started with 1.0"):
         check_resume(check_config(resolved(*how, "model.rope_fraction=0.5")))
+    del stored["model"]["full_layers"]
+    (folder / CONFIG).write_text(yaml.safe_dump(stored))
+    check_resume(check_config(resolved(*how, "~model.full_layers", "~model.z_loss")))
     with pytest.raises(ValueError, match=r"attention.window is 64, but .* with 128; set it back"):
         check_resume(check_config(resolved(*how, "attention.window=64")))
 

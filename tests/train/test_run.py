@@ -151,6 +151,7 @@ def test_a_sparse_run_starts_from_a_dense_one(outputs):
     [
         (["tokenizer.vocab_size=400"], "with another tokenizer"),
         (["model.ffn_dim=32"], "the sizes of the model must be the same"),
+        (["model.rope_fraction=0.5"], "start with model.rope_fraction=1.0"),
         (["train.init_from=/no/such/run"], "neither a checkpoint"),
     ],
 )
@@ -183,13 +184,25 @@ def test_stages_change_lengths_and_positions_and_resume_bit_for_bit(outputs):
 
 
 def test_a_dense_warm_up_lasts_as_long_as_sequences_are_short(outputs):
-    """Selected are 8 blocks of 32 tokens: of 256 all; of 512 and 1024, in steps 3 to 6, not."""
-    losses = {}
+    how, losses = [*STAGES, "attention.num_selected=4"], {}  # blocks of 32 tokens
     for until in (0, 256, 512):
-        pretrain(outputs, f"name=until_{until}", f"train.dense_until={until}", *STAGES)
+        pretrain(outputs, f"name=until_{until}", f"train.dense_until={until}", *how)
         losses[until] = [m["loss"] for m in metrics(outputs / f"until_{until}") if "loss" in m]
-    assert losses[0] == losses[256]
-    assert losses[512][:2] == losses[0][:2] and losses[512][2] != losses[0][2]
+    assert losses[0][0] != losses[256][0] == losses[512][0]
+    assert losses[256][:2] == losses[512][:2] and losses[256][2] != losses[512][2]
+    for steps in (3, 6):
+        sitting = "name=sittings", "train.resume=auto", f"train.max_steps={steps}"
+        pretrain(outputs, *sitting, "train.dense_until=512", *how)
+    same_weights(weights(outputs / "until_512"), weights(outputs / "sittings"))
+    pretrain(
+        outputs,
+        "name=dense_shared",
+        "train.dense_until=512",
+        "parallel.sequence=2",
+        *how,
+        world_size=2,
+    )
+    same_curve(outputs / "until_512", outputs / "dense_shared", rel=1e-5)
 
 
 LARGER = [
