@@ -129,6 +129,7 @@ def test_recipes_differ_in_the_attention_alone(family, largest):
         (["train.seq_len=3000"], "not a multiple of seq_len"),
         (["train.batch_tokens=10000"], "train.batch_tokens=10000 is not a multiple"),
         (["train.max_tokens=100"], "less than one step"),
+        (["train.dense_until=-1"], "must be at least 0"),
         (["train.precision=fp8"], "train.precision"),
         (["parallel.zero_stage=4"], "parallel.zero_stage"),
         (["attention.compress_stride=5"], "not a multiple of compress_stride"),
