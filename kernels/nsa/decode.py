@@ -36,8 +36,9 @@ def nsa_decode(
     length are filled: k_sel, k_win [B, S, Hkv, Dk], v_sel, v_win [B, S, Hkv, Dv], and k_cmp, v_cmp
     [B, C, Hkv, D] with one row per complete compressed block. All contiguous. scale defaults to
     Dk ** -0.5. Returns [B, H, Dv] in q's dtype; an empty sequence gives zeros.
-    Raises ValueError when shapes do not fit together.
+    Raises ValueError when shapes do not fit together, or for geometry.num_selected = 0.
     """
+    geometry.check_selects()
     batch, heads, dim = q.shape
     (tokens, kv_heads), (rows, value_dim) = k_sel.shape[1:3], (k_cmp.shape[1], v_sel.shape[3])
     caches = {

@@ -29,9 +29,7 @@ class Geometry:
     compress_block: int = 32  # l
     compress_stride: int = 16  # d
     select_block: int = 64  # l'
-    num_selected: int = (
-        16  # n, blocks per token and KV head, forced ones included; 0: all (nsa_attention)
-    )
+    num_selected: int = 16  # n, blocks per token and KV head, forced ones included; 0: all
     window: int = 512  # w
     num_initial: int = 1  # blocks at the start of the document that are always selected
     num_local: int = 2  # the own block and those before it that are always selected
@@ -58,6 +56,13 @@ class Geometry:
         """All of them, as torch's operators take them; Geometry(*numbers) is the way back."""
         blocks = self.compress_block, self.compress_stride, self.select_block
         return [*blocks, self.num_selected, self.window, self.num_initial, self.num_local]
+
+    def check_selects(self) -> None:
+        """Raises ValueError where all blocks were asked for, which only nsa_attention takes."""
+        if not self.num_selected:
+            raise ValueError(
+                "NSA num_selected=0 is for training; with a cache it must be at least 1."
+            )
 
     def num_compressed(self, length):
         """Compressed blocks of a document of `length` tokens (int or tensor)."""

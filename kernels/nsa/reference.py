@@ -369,6 +369,7 @@ def nsa_cached(
     past counts each sequence's tokens before them. Caches are [B, S, Hkv, D] and, compressed,
     [B, S // d, Hkv, D]; the new tokens' keys are in them already. Returns [T, H, Dv].
     """
+    geometry.check_selects()
     docs = cached_documents(cu_seqlens, past, k_sel.shape[1], k_cmp.shape[1])
     k_cmp, v_cmp, k_sel, v_sel, k_win, v_win = (
         x.flatten(0, 1) for x in (k_cmp, v_cmp, k_sel, v_sel, k_win, v_win)

@@ -1,5 +1,7 @@
 """The torch twin against the definition, over random geometries, ragged documents and groups."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 import kernels.dense  # noqa: F401, registers nsa::window
 from kernels.nsa import reference
+from kernels.nsa.decode import nsa_decode
 from kernels.nsa.geometry import Geometry
 from kernels.nsa.ops import nsa_attention
 from tests.kernels import oracle
@@ -92,6 +95,13 @@ def test_no_selection_is_as_if_all_blocks_were_chosen():
         torch.testing.assert_close(whole, blocks, rtol=1e-9, atol=1e-9)
 
 
+def test_with_a_cache_blocks_must_be_selected():
+    nothing = [torch.zeros(1)] * 9
+    for call in (nsa_decode, partial(reference.nsa_cached, past=[0], scale=1.0)):
+        with pytest.raises(ValueError, match="num_selected=0 is for training"):
+            call(*nothing, geometry=Geometry(num_selected=0))
+
+
 def test_ties_go_to_the_lower_block():
     geometry = Geometry(4, 4, 4, 4, 4)
     tensors, cu_seqlens = make_inputs(geometry, [40], 1, 1, 0)
@@ -119,10 +129,11 @@ def test_opcheck_of_the_window():
     torch.library.opcheck(torch.ops.nsa.window, (q, k, v, cu_seqlens, 13, 5, 0.5))
 
 
-def test_opcheck_and_flops():
-    geometry = Geometry(4, 2, 4, 3, 4)
+@pytest.mark.parametrize("num_selected", [3, 0])
+def test_opcheck_and_flops(num_selected):
+    geometry = Geometry(4, 2, 4, num_selected, 4)
     tensors, cu_seqlens = make_inputs(geometry, [13, 4], 2, 2, 1)
-    args = (*tensors, cu_seqlens, 13, [4, 2, 4, 3, 4, 1, 2], 0.5)
+    args = (*tensors, cu_seqlens, 13, geometry.numbers(), 0.5)
     torch.library.opcheck(torch.ops.nsa.attention, args)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         out, _ = nsa_attention(*tensors, cu_seqlens, 13, geometry)

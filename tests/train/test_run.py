@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.train.ranks import ROOT, SMALL, pretrain, start
 
 TIMING = ("time", "tokens_per_s", "seconds/", "data_wait")
-CHOICES = ("selection/", "selection_kl")  # of blocks, and of whom to teach: a rounding may tip one
+CHOICES = ("selection/",)  # of blocks: a rounding may tip one
 
 
 def metrics(run):
@@ -194,14 +194,8 @@ def test_a_dense_warm_up_lasts_as_long_as_sequences_are_short(outputs):
         sitting = "name=sittings", "train.resume=auto", f"train.max_steps={steps}"
         pretrain(outputs, *sitting, "train.dense_until=512", *how)
     same_weights(weights(outputs / "until_512"), weights(outputs / "sittings"))
-    pretrain(
-        outputs,
-        "name=dense_shared",
-        "train.dense_until=512",
-        "parallel.sequence=2",
-        *how,
-        world_size=2,
-    )
+    shared = "name=dense_shared", "train.dense_until=512", "parallel.sequence=2"
+    pretrain(outputs, *shared, *how, world_size=2)
     same_curve(outputs / "until_512", outputs / "dense_shared", rel=1e-5)
 
 
