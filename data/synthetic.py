@@ -1,7 +1,7 @@
 """Long-context tasks made while training: sample i is the same for everyone who asks for it.
 
-Statements are hidden in running text, or a passage stands at a document's start, and the document
-ends with what only a reader of the whole can go on with. The wordings, names and numbers here are
+Statements are hidden in running text, or a passage stands at a document's start, and later on, at the
+end at the latest, stands what only a reader of all before can go on with. The wordings, names and numbers here are
 for training; none is among those that eval/ asks for.
 """
 
@@ -124,6 +124,7 @@ SLOTS = {
     "link": LINKS,
     "verb": VERBS,
 }
+AFTER_WORDS = "", "", "", ":", " is", " was", " are", " is:", " ="
 COPY = ("\n\nThe same once more, from the beginning:\n\n", "\n\n=== copy ===\n\n", "\n\nAgain:\n")
 ONSETS = "b br d dr f g gr h j k kl l m n p pr r s st t tr v w z".split()
 VOWELS = "a e i o u ai ea oo".split()
@@ -153,9 +154,12 @@ def _key(rng: random.Random) -> str:
 def _pairs(
     rng: random.Random, most: int, key: Callable[[random.Random], str] = _key
 ) -> dict[str, str]:
-    """Different keys with a number each: 1 to `most`, one half of the documents evenly so that what
-    can be learnt from is dense, the other evenly by magnitude so that few in long text are not rare."""
-    count = rng.randint(1, most) if rng.random() < 0.5 else round(most ** rng.random())
+    """Different keys with a number each: 1 to `most`, in a third of the documents evenly so that what
+    can be learnt from is dense, in a third evenly by magnitude, and in a third no more than four: that
+    something was stated is harder to know where little else was."""
+    count = rng.choice(
+        (rng.randint(1, most), round(most ** rng.random()), rng.randint(1, min(most, 4)))
+    )
     pairs: dict[str, str] = {}
     while len(pairs) < count:
         pairs[key(rng)] = _number(rng)
@@ -163,13 +167,15 @@ def _pairs(
 
 
 Words = Callable[[], str]  # some words of the haystack, in a row
+# Statements, in their order, and questions: the text, and which statement must come before it.
+Task = tuple[list[str], list[tuple[str, int]]]
 
 
-def passkey(rng: random.Random, *_) -> tuple[list[str], str]:
+def passkey(rng: random.Random, *_) -> Task:
     """One number to remember."""
     statement, question = rng.choice(PASSKEYS)
     value = _number(rng)
-    return [statement.format(value=value)], f"{question} {value}."
+    return [statement.format(value=value)], [(f"{question} {value}.", 0)]
 
 
 def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[str, str]:
@@ -179,37 +185,35 @@ def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[
     followed them before.
     """
     kind = rng.random()
-    if kind < 0.25:
+    if kind < 0.1:
         statement, question = rng.choice(NEEDLES)
         return statement.format(key=key, value=value), f"{question.format(key=key)} {value}."
-    if kind < 0.6:
+    if kind < 0.7:
         before = rng.choice(("{words} {key}", "{words} {key} {after}", "{key} {words}", "{words}"))
         before = before.format(words=some_words(), key=key, after=some_words().split()[0])
         value = value if rng.random() < 0.75 else some_words()
-        statement = f"{before}{rng.choice(('', '', ':', ' is', ' is:'))} {value}."
+        statement = f"{before}{rng.choice(AFTER_WORDS)} {value}."
         return statement, rng.choice(("", f"{some_words()}? ", f"{some_words()}. ")) + statement
     words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | {"key": key}
     statement = rng.choice(LEADS) + rng.choice(HEADS).format(**words) + f" {value}."
     return statement, rng.choice(ASKING).format(**words) + statement
 
 
-def needle(rng: random.Random, most: int, some_words: Words) -> tuple[list[str], str]:
+def needle(rng: random.Random, most: int, some_words: Words) -> Task:
     """Facts in many wordings, of which some are asked for."""
     facts = [_fact(rng, key, value, some_words) for key, value in _pairs(rng, most).items()]
-    asked = rng.sample(facts, rng.randint(1, len(facts)))
-    return [statement for statement, _ in facts], " ".join(question for _, question in asked)
+    asked = rng.sample(range(len(facts)), rng.randint(1, len(facts)))
+    return [statement for statement, _ in facts], [(facts[i][1], i) for i in asked]
 
 
-def recall(rng: random.Random, most: int, _) -> tuple[list[str], str]:
+def recall(rng: random.Random, most: int, _) -> Task:
     """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): every key is asked for."""
-    pairs = list(_pairs(rng, most).items())
-    statements = [f"{key} -> {value};" for key, value in pairs]
-    return statements, " ".join(
-        f"{key} -> {value};" for key, value in rng.sample(pairs, len(pairs))
-    )
+    statements = [f"{key} -> {value};" for key, value in _pairs(rng, most).items()]
+    asked = rng.sample(range(len(statements)), len(statements))
+    return statements, [(statements[i], i) for i in asked]
 
 
-def variables(rng: random.Random, most: int, _) -> tuple[list[str], str]:
+def variables(rng: random.Random, most: int, _) -> Task:
     """Chains of assignments; the answer is every name that ends up with one chain's value."""
     names = iter(_pairs(rng, most, made_up_name).items())
     chains: list[tuple[str, list[str]]] = []
@@ -223,13 +227,13 @@ def variables(rng: random.Random, most: int, _) -> tuple[list[str], str]:
             statements.append(f"let {name} be the same as {chain[-1]}.")
             chain.append(name)
     value, chain = rng.choice(chains)
-    return statements, f"The names that came to be {value}: {', '.join(chain)}."
+    question = f"The names that came to be {value}: {', '.join(chain)}."
+    return statements, [(question, len(statements) - 1)]
 
 
-# Each: (rng, greatest number of statements, words of the haystack) -> statements, in their order, and
-# the document's end.
+# Each: (rng, greatest number of statements, words of the haystack) -> statements and questions.
 # A copy is of tokens and not of sentences: SyntheticLoader._copy.
-SENTENCES: dict[str, Callable[[random.Random, int, Words], tuple[list[str], str]]] = {
+SENTENCES: dict[str, Callable[[random.Random, int, Words], Task]] = {
     "passkey": passkey,
     "needle": needle,
     "recall": recall,
@@ -309,17 +313,22 @@ class SyntheticLoader:
             return self._copy(rng, start, length)
         most, room = length // TOKENS_PER_ITEM, 0
         while room < length // 4:  # which stays text, also when every byte is a token
-            statements, ending = SENTENCES[task](rng, most, partial(self._some_words, rng))
-            statements = [self._encode(" " + statement) for statement in statements]
-            ending = self._encode("\n\n" + ending)
-            room = length - 1 - sum(map(len, statements)) - len(ending)
+            statements, questions = SENTENCES[task](rng, most, partial(self._some_words, rng))
+            # All questions at the end, or one there and the others as soon as they can be answered.
+            last = questions if rng.random() < 0.3 else questions[-1:]
+            early = questions[: len(questions) - len(last)]
+            inserts = [self._encode(" " + statement) for statement in statements]
+            inserts += [self._encode(f"\n\n{question}\n\n") for question, _ in early]
+            ending = self._encode("\n\n" + " ".join(question for question, _ in last))
+            room = length - 1 - sum(map(len, inserts)) - len(ending)
             most = max(most // 2, 1)
         text = self._text(start, room)
-        cuts = [self._sentence_end(text, rng.randint(0, room)) for _ in statements]
+        places = sorted(self._sentence_end(text, rng.randint(0, room)) for _ in statements)
+        places += [self._sentence_end(text, rng.randint(places[i], room)) for _, i in early]
         parts, before = [np.array([self.eot_id])], 0
-        for cut, statement in zip(sorted(cuts), statements, strict=True):
-            parts += [text[before:cut], statement]
-            before = cut
+        for i in np.argsort(places, kind="stable"):
+            parts += [text[before : places[i]], inserts[i]]
+            before = places[i]
         return np.concatenate([*parts, text[before:], ending])
 
     def _copy(self, rng: random.Random, start: int, length: int) -> np.ndarray:
@@ -331,9 +340,11 @@ class SyntheticLoader:
         return np.concatenate([[self.eot_id], text, again, text[:size]])
 
     def _some_words(self, rng: random.Random) -> str:
-        """Two to eight words of the haystack in a row, or as many as 24 tokens hold; "there" for none."""
+        """Two to twelve words of the haystack in a row, or as many as 24 tokens hold, in one half of the
+        cases with what stands between them but the line ends; "there" for none."""
         text = self.tokenizer.decode(self._text(rng.randrange(self.haystack.num_tokens), 24))
-        return " ".join(re.findall(r"[^\W\d_]+", text)[1 : 1 + rng.randint(2, 8)]) or "there"
+        words = re.findall(r"[^\W\d_]+", text) if rng.random() < 0.5 else text.split()
+        return " ".join(words[1 : 1 + rng.randint(2, 12)]) or "there"
 
     def _encode(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids)

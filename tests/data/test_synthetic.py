@@ -132,7 +132,7 @@ def test_training_and_evaluation_share_no_wording_and_no_key():
 
 
 def test_needles_come_in_many_wordings(loader, tokenizer):
-    endings = [t.rsplit("\n\n", 1)[1] for t in documents(loader(["needle"]), tokenizer, samples=60)]
+    endings = [t.rsplit("\n\n", 1)[1] for t in documents(loader(["needle"]), tokenizer, 150)]
     questions = re.findall(r"([^.?]+?) \d{4,}\.", " ".join(endings))
     wordings = {re.sub(r"[A-Z][a-z]+-[A-Z][a-z]+", "{key}", q) for q in questions}
     assert len(questions) > 200 and len(wordings) > len(questions) / 4
@@ -146,9 +146,19 @@ def test_depths_are_spread_over_the_document(loader, tokenizer):
     assert np.quantile(depths, 0.2) < 0.35 and np.quantile(depths, 0.8) > 0.6
 
 
+def test_questions_follow_their_statements_all_over_the_document(loader, tokenizer):
+    places = []
+    for text in documents(loader(["recall"], seq_len=4096), tokenizer, samples=40):
+        pairs = re.findall(r"\S* -> \d+;", text)
+        assert {pairs.count(pair) for pair in pairs} == {2}  # as stated, and as asked for
+        assert text.endswith(pairs[-1])
+        places += [text.rindex(pair) / len(text) for pair in set(pairs)]
+    assert len(places) > 200 and np.quantile(places, 0.2) < 0.6 < np.quantile(places, 0.6)
+
+
 def test_much_is_asked_and_half_of_the_samples_are_one_document(loader, tokenizer):
     texts = documents(loader(["recall"], seq_len=8192), tokenizer, samples=30)
-    asked = [text.rsplit("\n\n", 1)[1].count("->") for text in texts]
+    asked = [text.count("->") / 2 for text in texts]
     per_token = sum(asked) / (30 * 8192)
     assert 1 / 1000 < per_token < 1 / 96  # at the densest one in 48, then one in two is a statement
     assert min(asked) <= 2  # and few in a document are not rare
