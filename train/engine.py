@@ -155,6 +155,7 @@ class Engine:
         self.stage, self.grad_clip = stage, run.train.grad_clip
         self.dense_until = run.train.dense_until
         self.module: Decoder = self.deepspeed.module
+        self.parameters = list(self.module.parameters())
         if run.train.compile:
             for block in self.module.blocks:
                 block.compile(fullgraph=True)
@@ -194,17 +195,16 @@ class Engine:
         if not self.deepspeed.is_gradient_accumulation_boundary():
             return self.deepspeed.step()
         known: list[tuple[float, str | None]] = []  # DeepSpeed steps part by part; asked once
+        measured = self._clip() if self.stage == 0 else None
 
         def refused() -> bool:
             if not known:
-                norm = self._grad_norm()
+                norm = measured if self.stage == 0 else self.deepspeed.optimizer._global_grad_norm
+                norm = float(norm)
+                norm = norm if norm >= 0 and math.isfinite(norm) else math.inf
                 known.append((norm, reason(norm) if reason else None))
             return known[0][1] is not None
 
-        if self.stage == 0 and not refused() and self.grad_clip:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.module.parameters(), self.grad_clip, torch.tensor(known[0][0])
-            )
         self.optimizer.veto, self.optimizer.measuring, self.optimizer.moved = refused, measure, 0.0
         self.deepspeed.step()
         refused()  # it may have seen a norm that is not finite, and not asked
@@ -217,14 +217,15 @@ class Engine:
             moved = math.sqrt(float(moved))
         return Step(norm, why, moved)
 
-    def _grad_norm(self) -> float:
-        """Over all parameters and ranks, before clipping; infinite if it is not a number."""
-        if self.stage == 0:
-            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
-        else:
-            norm = float(self.deepspeed.optimizer._global_grad_norm)
-        return norm if norm >= 0 and math.isfinite(norm) else math.inf
+    def _clip(self) -> torch.Tensor:
+        """Clip whole gradients; their norm over all parameters before. Only queued on a GPU: it knows
+        what to do next when the host learns the norm."""
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.parameters if p.grad is not None]
+        )
+        if self.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
+        return norm
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The model's parameters by name, whole on rank 0. All ranks call it."""

@@ -108,7 +108,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         say(f"Nothing left to do: {folder} has all its {run.num_steps} steps.")
 
     # Python's 5 ms are long beside a step, for which the thread that makes batches may hold this one up.
-    sys.setswitchinterval(2e-4)
+    sys.setswitchinterval(2e-5)
 
     # -- the loop: validate and save what is due, then take a step
     last = found
@@ -196,12 +196,14 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
                 engine.step()
         else:
             dist.all_reduce(sums)
-            nll, z_sum, count, lesson = sums.tolist()
-            mean = nll / count if count else math.nan
+            # The device is asked for results when the engine has no more to queue before.
             step = engine.step(
-                lambda norm, loss=mean: spike(loss, norm, state.recent, settings.spike_sigma),
+                lambda norm, sums=sums: spike(
+                    _mean(sums), norm, state.recent, settings.spike_sigma
+                ),
                 measure=(state.step + 1) % run.log.every == 0 or state.step + 1 == run.num_steps,
             )
+            mean, (_, z_sum, count, lesson) = _mean(sums), sums.tolist()
             watch.lap("optimizer")
             seconds = watch.stop()
             state.step += 1
@@ -250,6 +252,12 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         say(f"stopped by signal {stopped} at step {state.step}; continue with train.resume=true")
     say(f"checkpoint  {last}")
     return 0 if final and state.validated == state.step else stopped
+
+
+def _mean(sums: torch.Tensor) -> float:
+    """The loss of a step, in nats per token."""
+    nll, _, count, _ = sums.tolist()
+    return nll / count if count else math.nan
 
 
 @torch.no_grad()

@@ -153,7 +153,7 @@ def test_questions_follow_their_statements_all_over_the_document(loader, tokeniz
         assert {pairs.count(pair) for pair in pairs} == {2}  # as stated, and as asked for
         assert text.endswith(pairs[-1])
         places += [text.rindex(pair) / len(text) for pair in set(pairs)]
-    assert len(places) > 200 and np.quantile(places, 0.2) < 0.6 < np.quantile(places, 0.6)
+    assert len(places) > 200 and np.quantile(places, 0.2) < 0.75 < np.quantile(places, 0.6)
 
 
 def test_much_is_asked_and_half_of_the_samples_are_one_document(loader, tokenizer):
