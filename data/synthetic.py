@@ -1,8 +1,8 @@
 """Long-context tasks made while training: sample i is the same for everyone who asks for it.
 
 Statements are hidden in running text, or a passage stands at a document's start, and later on, at the
-end at the latest, stands what only a reader of all before can go on with. The wordings, names and numbers here are
-for training; none is among those that eval/ asks for.
+end at the latest, stands what only a reader of all before can go on with. The wordings, names and
+numbers here are for training; none is among those that eval/ asks for.
 """
 
 import random
@@ -124,7 +124,10 @@ SLOTS = {
     "link": LINKS,
     "verb": VERBS,
 }
-AFTER_WORDS = "", "", "", ":", " is", " was", " are", " is:", " ="
+# Half of the time the words alone, half of the time nothing after them: a number is not what one would
+# expect there.
+WITH_WORDS = *["{words}"] * 3, "{words} {key}", "{words} {key} {after}", "{key} {words}"
+AFTER_WORDS = *[""] * 6, ":", " is", " was", " are", " is:", " ="
 COPY = ("\n\nThe same once more, from the beginning:\n\n", "\n\n=== copy ===\n\n", "\n\nAgain:\n")
 ONSETS = "b br d dr f g gr h j k kl l m n p pr r s st t tr v w z".split()
 VOWELS = "a e i o u ai ea oo".split()
@@ -185,18 +188,24 @@ def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[
     followed them before.
     """
     kind = rng.random()
-    if kind < 0.1:
+    if kind < 0.15:
         statement, question = rng.choice(NEEDLES)
         return statement.format(key=key, value=value), f"{question.format(key=key)} {value}."
-    if kind < 0.7:
-        before = rng.choice(("{words} {key}", "{words} {key} {after}", "{key} {words}", "{words}"))
+    if kind < 0.65:
+        before = rng.choice(WITH_WORDS)
         before = before.format(words=some_words(), key=key, after=some_words().split()[0])
         value = value if rng.random() < 0.75 else some_words()
         statement = f"{before}{rng.choice(AFTER_WORDS)} {value}."
         return statement, rng.choice(("", f"{some_words()}? ", f"{some_words()}. ")) + statement
     words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | {"key": key}
     statement = rng.choice(LEADS) + rng.choice(HEADS).format(**words) + f" {value}."
-    return statement, rng.choice(ASKING).format(**words) + statement
+    answer = statement
+    if rng.random() < 0.5:
+        words |= {
+            slot: rng.choice(SLOTS[slot]) for slot in ("opening", "adjective", "link", "verb")
+        }
+        answer = rng.choice(HEADS).format(**words) + f" {value}."
+    return statement, rng.choice(ASKING).format(**words) + answer
 
 
 def needle(rng: random.Random, most: int, some_words: Words) -> Task:
@@ -340,11 +349,11 @@ class SyntheticLoader:
         return np.concatenate([[self.eot_id], text, again, text[:size]])
 
     def _some_words(self, rng: random.Random) -> str:
-        """Two to twelve words of the haystack in a row, or as many as 24 tokens hold, in one half of the
+        """Three to twelve words of the haystack in a row, or as many as 24 tokens hold, in one half of the
         cases with what stands between them but the line ends; "there" for none."""
         text = self.tokenizer.decode(self._text(rng.randrange(self.haystack.num_tokens), 24))
         words = re.findall(r"[^\W\d_]+", text) if rng.random() < 0.5 else text.split()
-        return " ".join(words[1 : 1 + rng.randint(2, 12)]) or "there"
+        return " ".join(words[1 : 1 + rng.randint(3, 12)]) or "there"
 
     def _encode(self, text: str) -> np.ndarray:
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids)
