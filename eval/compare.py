@@ -20,7 +20,8 @@ SHARED = "shared.json"  # in the folder of a run that trained beside others, by 
 SLACK = 0.05  # of that time, until a page says that it was not kept
 UNEQUAL = 1.02  # times the parameters of the smallest model, until a page says so
 Points = list[tuple[float, float]]
-LOSS_NOTE = "Losses in nats per token; minutes are of training, each step at the median pace."
+SLOW = 5  # times as long as the median step of its kind: it compiled, or waited for something else
+LOSS_NOTE = "Losses in nats per token; minutes are of training steps, without compilation."
 SEEDS_NOTE = (
     "Mean (lowest .. highest) over seeds; differences are of runs with the same seed; needles, RULER "
     "and recall are means over all that was asked."
@@ -57,20 +58,30 @@ def lines_note(views: Mapping[str, Sequence[Run]]) -> str:
     )
 
 
-def clock(steps: Sequence[dict]) -> list[float]:
-    """Seconds of training behind a run after each of its steps.
+def durations(steps: Sequence[dict]) -> list[float]:
+    """Seconds of each training step.
 
-    A step counts as long as the median one of its sequence length and number of tokens: the first of
-    every sitting compiles kernels, and a run that was interrupted has had several.
+    One that took SLOW times as long as the median step of its sequence length and number of tokens
+    counts as that: the first of every sitting compiles kernels, and a run that was interrupted has had
+    several. The others differ with the lengths of their documents, which attentions feel differently.
     """
     ends = [step["tokens"] for step in steps]
     sizes = [now - before for before, now in zip([0, *ends], ends, strict=False)]
     kinds = [(step.get("seq_len"), size) for step, size in zip(steps, sizes, strict=True)]
-    speeds: dict[tuple, list[float]] = {}
-    for kind, step in zip(kinds, steps, strict=True):
-        speeds.setdefault(kind, []).append(step["tokens_per_s"])
-    pace = {kind: statistics.median(found) for kind, found in speeds.items()}
-    return list(accumulate(size / pace[kind] for kind, size in zip(kinds, sizes, strict=True)))
+    seconds = [size / step["tokens_per_s"] for step, size in zip(steps, sizes, strict=True)]
+    found: dict[tuple, list[float]] = {}
+    for kind, taken in zip(kinds, seconds, strict=True):
+        found.setdefault(kind, []).append(taken)
+    usual = {kind: statistics.median(all_of) for kind, all_of in found.items()}
+    return [
+        taken if taken < SLOW * usual[kind] else usual[kind]
+        for kind, taken in zip(kinds, seconds, strict=True)
+    ]
+
+
+def clock(steps: Sequence[dict]) -> list[float]:
+    """Seconds of training behind a run after each of its steps."""
+    return list(accumulate(durations(steps)))
 
 
 def loss_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
@@ -202,8 +213,13 @@ def overview_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         steps = run.training
         last = steps[-1] if steps else {}
         bpb = run.validation[-1].get("val/bpb") if run.validation else None
-        speed = _median(run, "tokens_per_s")
-        mfu = _median(run, "mfu")
+        seconds = durations(steps)
+        speed = last["tokens"] / sum(seconds) if steps else None
+        mfu = None
+        if "mfu" in last:
+            mfu = sum(s * m.get("mfu", 0) for s, m in zip(seconds, steps, strict=True)) / sum(
+                seconds
+            )
         memory = max((m["memory_gb"] for m in steps if "memory_gb" in m), default=None)
         attention = str(run.config.get("attention", {}).get("_target_", "")).rpartition(".")[2]
         rows.append((
@@ -231,11 +247,6 @@ def size_note(runs: Sequence[Run]) -> str:
         f"{sizes[most]:,}. An override of all recipes leaves what a recipe sets itself, such as "
         "model.ffn_dim, as it is."
     )
-
-
-def _median(run: Run, key: str) -> float | None:
-    found = [m[key] for m in run.training if m.get(key) is not None]
-    return statistics.median(found) if found else None
 
 
 def _show(value: float | None, form: Callable[[float], str]) -> str:

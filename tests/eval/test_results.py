@@ -50,7 +50,7 @@ def test_a_large_heatmap_is_small_enough_to_keep(tmp_path):
     assert (tmp_path / "a.png").stat().st_size < 150_000
 
 
-def test_the_clock_counts_a_step_that_compiles_like_any_other():
+def test_the_clock_counts_a_step_that_compiles_like_any_other_and_a_slow_one_in_full():
     speeds = [1.0, 10, 10, 10, 2, 20, 20]
     steps = [
         {"tokens": 10 * (i + 1), "tokens_per_s": speed, "seq_len": 64 if i < 4 else 32}
@@ -59,6 +59,8 @@ def test_the_clock_counts_a_step_that_compiles_like_any_other():
     assert clock(steps) == [1, 2, 3, 4, 4.5, 5, 5.5]
     larger = {"tokens": 110, "tokens_per_s": 40, "seq_len": 32}  # a step of 40 tokens
     assert clock([*steps, larger]) == [1, 2, 3, 4, 4.5, 5, 5.5, 6.5]
+    longer_documents = {"tokens": 50, "tokens_per_s": 4, "seq_len": 64}
+    assert clock([*steps[:4], longer_documents]) == [1, 2, 3, 4, 6.5]
 
 
 def test_models_of_unequal_size_are_said():
