@@ -217,9 +217,7 @@ def overview_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         speed = last["tokens"] / sum(seconds) if steps else None
         mfu = None
         if "mfu" in last:
-            mfu = sum(s * m.get("mfu", 0) for s, m in zip(seconds, steps, strict=True)) / sum(
-                seconds
-            )
+            mfu = statistics.fmean((m.get("mfu", 0) for m in steps), weights=seconds)
         memory = max((m["memory_gb"] for m in steps if "memory_gb" in m), default=None)
         attention = str(run.config.get("attention", {}).get("_target_", "")).rpartition(".")[2]
         rows.append((
