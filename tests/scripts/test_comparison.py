@@ -95,9 +95,11 @@ class Fake(Comparison):
             return
         if len(self.steps) == self.room:
             raise InterruptedError
+        if script.startswith("train/"):
+            self.leave(name, arguments)
         self.steps[key] = 1.0
-        if not script.startswith("train/"):
-            return
+
+    def leave(self, name, arguments):
         tokens = next((int(a.split("=")[1]) for a in arguments if "max_tokens" in a), 1000)
         speed = 1e6 if "nsa" in name else 1e6 / 3
         if name.endswith(self.slower):
@@ -107,7 +109,7 @@ class Fake(Comparison):
             yaml.safe_dump({"name": name, "train": {"seq_len": 64, "max_tokens": tokens},
                             "seed": next((int(a[5:]) for a in arguments if "seed=" in a), 0)})
         )  # fmt: skip
-        loss = 2.0 + len(self.steps) / 100
+        loss = 2.0 + (len(self.steps) + 1) / 100
         step = {"step": 1, "tokens": tokens, "time": 1, "loss": 2.0, "tokens_per_s": speed}
         validation = {"step": 1, "tokens": tokens, "time": 1, "val/loss": loss, "val/bpb": 1.0}
         lines = "".join(json.dumps(line) + "\n" for line in (step, validation))
