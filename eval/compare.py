@@ -216,8 +216,8 @@ def overview_rows(runs: Sequence[Run]) -> list[tuple[str, ...]]:
         seconds = durations(steps)
         speed = last["tokens"] / sum(seconds) if steps else None
         mfu = None
-        if "mfu" in last:
-            mfu = statistics.fmean((m.get("mfu", 0) for m in steps), weights=seconds)
+        if steps and all("mfu" in m for m in steps):
+            mfu = statistics.fmean((m["mfu"] for m in steps), weights=seconds)
         memory = max((m["memory_gb"] for m in steps if "memory_gb" in m), default=None)
         attention = str(run.config.get("attention", {}).get("_target_", "")).rpartition(".")[2]
         rows.append((
