@@ -323,7 +323,7 @@ class SyntheticLoader:
         most, room = length // TOKENS_PER_ITEM, 0
         while room < length // 4:  # which stays text, also when every byte is a token
             statements, questions = SENTENCES[task](rng, most, partial(self._some_words, rng))
-            # All questions at the end, or one there and the others as soon as they can be answered.
+            # All questions at the end, or one there and the others anywhere after what they ask for.
             last = questions if rng.random() < 0.3 else questions[-1:]
             early = questions[: len(questions) - len(last)]
             inserts = [self._encode(" " + statement) for statement in statements]
