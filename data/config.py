@@ -65,6 +65,7 @@ class TextConfig:
     path: str | None = None
     hub: HubConfig | None = None
     text_field: str = "text"
+    unwrap: bool = False
     drop_near_duplicates: bool = False
     max_tokens: int | None = None
 

@@ -16,6 +16,7 @@ import numpy as np
 from data.config import TextConfig
 from data.hub import pinned, read_rows
 from data.sources import find_files, read_file, unread_members
+from data.unwrap import unwrap
 
 
 class Document(NamedTuple):
@@ -125,21 +126,24 @@ class Corpus:
             yield Document(text, hash, held_out, behind)
 
     def _texts(self, position) -> Iterator[tuple[str, list | dict]]:
-        """Texts that aren't blank: those of the files, then those of the hub."""
+        """Texts that aren't blank, as they train."""
+        for text, behind in self._raw_texts(position):
+            if text and not text.isspace():
+                yield unwrap(text) if self._config.unwrap else text, behind
+
+    def _raw_texts(self, position) -> Iterator[tuple[str, list | dict]]:
+        """Those of the files, then those of the hub."""
         if position is None or isinstance(position, list):
             first, number = position or (0, 0)
             for file in range(first, len(self.files)):
                 texts = read_file(self.files[file], self._config.text_field)
                 skipped = number if file == first else 0
                 for count, text in enumerate(islice(texts, skipped, None), skipped + 1):
-                    if text and not text.isspace():
-                        yield text, [file, count]
+                    yield text, [file, count]
             position = None
         if self._config.path is None:
             hub, field = self._config.hub, self._config.text_field
-            for text, behind in read_rows(hub, self.commit, field, self._where, position):
-                if text and not text.isspace():
-                    yield text, behind
+            yield from read_rows(hub, self.commit, field, self._where, position)
 
 
 def content_hash(text: str) -> int:

@@ -1,0 +1,88 @@
+import inspect
+import json
+import textwrap
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data.corpus
+from data.config import ROOT
+from data.prepare import prepare
+from data.unwrap import unwrap
+from tests.data.test_prepare import BPE, texts
+
+PARAGRAPHS = [
+    "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age "
+    "of foolishness, and whoever says more about the times has read further than the first page.",
+    "A second one, which is long enough to be broken more than once at any width that a person would "
+    "choose for a page, and which ends in a line of its own, as the last line of a paragraph does.",
+    "Then a short one.",
+]
+
+
+@settings(deadline=None)
+@given(
+    width=st.integers(50, 90),
+    words=st.lists(st.sampled_from("a of was there whoever".split()), min_size=40),
+)
+def test_wrapped_paragraphs_come_back(width, words):
+    # Of many paragraphs, some line comes close to the width they were broken at.
+    paragraphs = [*PARAGRAPHS * 4, " ".join(words)]
+    wrapped = "\n\n".join(textwrap.fill(paragraph, width) for paragraph in paragraphs)
+    assert unwrap(wrapped) == "\n\n".join(paragraphs)
+
+
+def test_a_hyphen_needs_no_space():
+    line = "Of a word that is broken at the hyphen that it has anyhow, self-"
+    wrapped = f"{line}\nmade, the parts come together again.\n\n" + "\n".join([line] * 8)
+    assert "self-made" in unwrap(wrapped)
+
+
+def test_lists_and_short_lines_stay():
+    item = "- an item that is as long as the lines of the text around it are"
+    wrapped = textwrap.fill(" ".join(PARAGRAPHS * 3), len(item))
+    verse = "Roses are red,\nviolets are blue"
+    text = f"{wrapped}\n\n{item}\n{item}\n\n{verse}\n\n{wrapped}"
+    assert f"{item}\n{item}\n\n{verse}" in unwrap(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "\n\n",
+        "a line\n",
+        "\n".join(PARAGRAPHS),
+        inspect.getsource(data.corpus),
+        (ROOT / "Makefile").read_text(),
+    ],
+)
+def test_what_was_not_wrapped_stays(text):
+    assert unwrap(text) == text
+
+
+def test_a_novel_comes_back():
+    novel = (ROOT / "data" / "austen" / "northanger_abbey.txt").read_text()
+    paragraphs = [" ".join(paragraph.split()) for paragraph in novel.split("\n\n")]
+    wrapped = "\n\n".join(textwrap.fill(paragraph, 72) for paragraph in paragraphs)
+    found = unwrap(wrapped).split("\n\n")
+    assert len(found) == len(paragraphs)
+    same = sum(a == b for a, b in zip(found, paragraphs, strict=True))
+    assert same > 0.99 * len(paragraphs)
+
+
+def test_a_corpus_is_unwrapped_where_its_config_says_so(tmp_path, capsys):
+    wrapped = "\n\n".join(textwrap.fill(paragraph, 60) for paragraph in PARAGRAPHS)
+    rows = [{"text": f"Text {i}.\n\n{wrapped}\n"} for i in range(8)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for on in (False, True):
+        config = {
+            "name": "mine",
+            "path": str(tmp_path / "t.jsonl"),
+            "unwrap": on,
+            "validation": {"fraction": 0.2},
+        }
+        folder = prepare(config, BPE, tmp_path / "out")
+        for text in texts(folder, "train"):
+            assert (PARAGRAPHS[0] in text) == on
