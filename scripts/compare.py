@@ -28,7 +28,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -108,11 +108,6 @@ class CompareSettings:
             raise ValueError(f"views={self.views}; choose among tokens and time.")
         if self.workers < 1:
             raise ValueError(f"workers={self.workers}; it must be at least 1.")
-        if self.workers > 1 and (self.minutes is not None or self.views != ["tokens"]):
-            raise ValueError(
-                f"workers={self.workers}: trainings at the same time have no times that others could "
-                "be given; compare with tokens=… and views=[tokens]."
-            )
         for name in self.evaluate:
             if not (ROOT / "eval" / f"{name}.py").is_file():
                 raise ValueError(f"evaluate.{name}: there is no eval/{name}.py.")
@@ -183,6 +178,12 @@ class Comparison:
     def check(self) -> None:
         """Raises ValueError for a recipe that would be refused when its turn comes."""
         first, *others = self.recipes
+        if self.shared and (self.settings.minutes is not None or "time" in self.settings.views):
+            raise ValueError(
+                f"workers={self.settings.workers}, and {len(self.gpus)} GPUs: trainings that share one "
+                "have no times that others could be given; take fewer workers, or compare with "
+                "tokens=… and views=[tokens]."
+            )
         timed = others if "time" in self.settings.views else []
         timed = timed if self.settings.minutes is None else [first, *timed]
         budget = (
@@ -213,32 +214,36 @@ class Comparison:
         first, *others = self.recipes
         views, seeds = self.settings.views, self.settings.seeds
         budget = {"tokens": self.settings.tokens}
-        if self.settings.workers > 1:
-            free = queue.SimpleQueue()
-            for worker in range(self.settings.workers):
-                free.put(self.gpus[worker % len(self.gpus)] if self.gpus else None)
-            own = {"initializer": lambda: setattr(self.thread, "gpu", free.get())}
-            with ThreadPoolExecutor(self.settings.workers, **own) as pool:
-                runs = [
-                    pool.submit(self.train, recipe, recipe.run(seed), seed, budget)
-                    for seed in seeds
-                    for recipe in self.recipes
-                ]
-            for run in runs:
-                run.result()  # raises what it raised
-            return self.report()
         if self.settings.minutes is not None:
             budget = self.budget(60 * self.settings.minutes, self.short_run(first))
-        for seed in seeds:
-            self.train(first, first.run(seed), seed, budget)
-            for recipe in others if "tokens" in views else ():
-                self.train(recipe, recipe.run(seed), seed, {"tokens": budget["tokens"]})
-            for recipe in others if "time" in views else ():
-                _, seconds = self.tokens_and_seconds(first.run(seeds[0]))
-                measured = recipe.run(seeds[0]) if "tokens" in views else self.short_run(recipe)
-                same = self.budget(seconds, measured)
-                self.train(recipe, recipe.run(seed, SAME_TIME), seed, same)
+        same = {"tokens": budget["tokens"]}
+        self.train_all(
+            (recipe, recipe.run(seed), seed, budget if recipe == first else same)
+            for seed in seeds
+            for recipe in (self.recipes if "tokens" in views else [first])
+        )
+        if "time" in views:
+            _, seconds = self.tokens_and_seconds(first.run(seeds[0]))
+            known = "tokens" in views
+            measured = {r: r.run(seeds[0]) if known else self.short_run(r) for r in others}
+            self.train_all(
+                (recipe, recipe.run(seed, SAME_TIME), seed, self.budget(seconds, measured[recipe]))
+                for seed in seeds
+                for recipe in others
+            )
         self.report()
+
+    def train_all(self, runs: Iterable[tuple]) -> None:
+        """`train` with each of these arguments, by so many workers, each with a GPU of its own if
+        there are enough."""
+        workers, free = self.settings.workers, queue.SimpleQueue()
+        for worker in range(workers):
+            free.put(self.gpus[worker % len(self.gpus)] if self.gpus and workers > 1 else None)
+        own = {"initializer": lambda: setattr(self.thread, "gpu", free.get())}
+        with ThreadPoolExecutor(workers, **own) as pool:
+            done = [pool.submit(self.train, *run) for run in runs]
+        for run in done:
+            run.result()  # raises what it raised
 
     def budget(self, seconds: float, measured: str) -> dict:
         """The tokens for so many seconds at a run's speed, and where they come from."""

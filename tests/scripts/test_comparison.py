@@ -162,12 +162,13 @@ def test_each_seed_with_the_budgets_of_the_first(tmp_path):
     comparison.slower = ("_seed2",)
     comparison.run()
     commands = trainings(comparison)
-    assert list(commands)[3:] == ["nsa_8k_seed2", "full_8k_seed2", "full_8k_same_time_seed2"]
+    pairs = "nsa_8k", "full_8k", "nsa_8k_seed2", "full_8k_seed2"
+    assert list(commands) == [*pairs, "full_8k_same_time", "full_8k_same_time_seed2"]
     assert "seed=2" in commands["nsa_8k_seed2"] and "seed=" not in commands["nsa_8k"]
     assert "max_tokens=1000000" in commands["full_8k_same_time_seed2"]
     text = (tmp_path / "results.md").read_text()
     steps = [i / 100 for i, key in enumerate(comparison.steps, 1) if "train/" in key]
-    nsa, full = ([2 + steps[i], 2 + steps[i + 3]] for i in (0, 1))
+    nsa, full = ([2 + steps[i], 2 + steps[i + 2]] for i in (0, 1))
     mean = f"{sum(full) / 2:.4f} ({full[0]:.4f} .. {full[1]:.4f})"
     assert f"| full_8k | 2 | {mean} | {full[0] - nsa[0]:+.4f} |" in text
     assert "| full_8k_same_time | 2 |" in text and "needle generated" not in text
@@ -175,7 +176,7 @@ def test_each_seed_with_the_budgets_of_the_first(tmp_path):
 
 
 def test_several_at_a_time_take_the_same_steps(tmp_path):
-    how = dict(views=["tokens"], seeds=[0, 1, 2, 3], recipes=["nsa_8k", "full_8k", "sliding_8k"])
+    how = dict(seeds=[0, 1, 2, 3], recipes=["nsa_8k", "full_8k", "sliding_8k"])
     one, four = fake(tmp_path / "one", **how), fake(tmp_path / "four", workers=4, **how)
     one.run()
     four.run()
@@ -365,7 +366,10 @@ def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
             "a: its stages begin at numbers of tokens",
         ),
         (["tokens=5", "views=[steps]"], "choose among tokens and time"),
-        (["tokens=5", "workers=2"], "trainings at the same time have no times"),
+        (
+            ["tokens=5", "workers=2", "device=cpu"],
+            "2, and 0 GPUs: trainings that share one have no",
+        ),
         (["tokens=5", "evaluate.needles.depths=3"], "there is no eval/needles.py"),
         (["tokens=5", "views=["], "no viable alternative at input"),
         (["tokens=5", "recipes=[a=nsa_8k]"], "with = in it needs quotes of its own"),
