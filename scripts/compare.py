@@ -178,14 +178,14 @@ class Comparison:
     def check(self) -> None:
         """Raises ValueError for a recipe that would be refused when its turn comes."""
         first, *others = self.recipes
-        if self.shared and (self.settings.minutes is not None or "time" in self.settings.views):
+        timed = others if "time" in self.settings.views else []
+        timed = timed if self.settings.minutes is None else [first, *timed]
+        if timed and self.shared and not all(self._begun(recipe.name) for recipe in self.recipes):
             raise ValueError(
                 f"workers={self.settings.workers}, and {len(self.gpus)} GPUs: trainings that share one "
                 "have no times that others could be given; take fewer workers, or compare with "
                 "tokens=… and views=[tokens]."
             )
-        timed = others if "time" in self.settings.views else []
-        timed = timed if self.settings.minutes is None else [first, *timed]
         budget = (
             () if self.settings.tokens is None else (f"train.max_tokens={self.settings.tokens}",)
         )
