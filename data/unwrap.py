@@ -1,38 +1,44 @@
-"""Text that was broken into lines at a fixed width, as paragraphs again.
+"""Prose that was broken into lines at a fixed width, as paragraphs again.
 
-A decoder that reads wrapped text learns to end its lines after so many characters, also where it
-should go on with what a question asks for: in a prompt, questions stand on lines of any length.
+A decoder that reads wrapped text learns to end its lines after so many characters, also where a
+question on a longer line is to be answered.
 """
 
 import re
 from itertools import pairwise
 
-WIDEST = 100  # characters; longer lines were not broken by hand or mail program
+WIDTHS = range(40, 101)  # characters; other lines were hardly broken to fit a page
 FULL = 0.93  # of the width: a shorter line that had room for the next word ends a paragraph
-WRAPPED = 0.25  # of the lines that others follow are full in wrapped prose; in code .05 to .18
-MARKER = re.compile(r"\s*([-*+•>|#]|\d+[.)])\s")  # of a list, a quotation, a table
+WRAPPED = 0.5  # of the lines that have a next one are full in prose, hardly ever in source code
+FEWEST = 5  # lines that have a next one; of fewer, nothing can be told
+RULE = r"(\W)\1{2,}\s*$"  # a heading's underline, a fence
+# Lists, headings, tables and fences begin a line of their own.
+APART = re.compile(rf"\s*(?:{RULE}|(?:[-*+•>]|#+|\d+[.)])\s|[|#>]|```)")
 
 
 def unwrap(text: str) -> str:
-    """The text with its full lines joined to the next; itself where its lines were not wrapped.
+    """The text with its full lines joined to the next; itself where most of its lines are not full.
 
-    A line is full if the first word of the next had no room on it. Lists, headings, verse and code
-    of shorter lines stay, and so do documents of which only few lines are full, such as source code.
+    A line is full if the first word of the next had no room on it. Lists, headings, tables and
+    shorter lines within prose stay; of source code, verse and tables alone next to all stay, but
+    verse of even lines and code of mostly comments can be taken for prose. Words that were broken
+    at a hyphen keep it.
     """
     lines = [line.rstrip() for line in text.split("\n")]
     lengths = sorted(len(line) for line in lines if line)
     width = lengths[int(0.98 * len(lengths))] if lengths else 0
-    followed = [bool(line and after) for line, after in pairwise(lines)]
+    pairs = list(pairwise(lines))
+    followed = sum(bool(line and after) for line, after in pairs)
     full = [
-        both and len(line) + 1 + len(after.split(None, 1)[0]) > FULL * width
-        for both, (line, after) in zip(followed, pairwise(lines), strict=True)
+        bool(line and after) and len(line) + 1 + len(after.split(None, 1)[0]) > FULL * width
+        for line, after in pairs
     ]
-    if width > WIDEST or sum(full) <= WRAPPED * sum(followed):
+    if width not in WIDTHS or followed < FEWEST or sum(full) < WRAPPED * followed:
         return text
     parts = lines[:1]
-    for goes_on, (line, after) in zip(full, pairwise(lines), strict=True):
-        if goes_on and not MARKER.match(after):
-            parts += ["" if line.endswith("-") else " ", after.lstrip()]
+    for (line, after), goes_on in zip(pairs, full, strict=True):
+        if goes_on and not APART.match(after) and not re.match(RULE, line):
+            parts += ["" if re.search(r"(\w-|--)$", line) else " ", after.lstrip()]
         else:
             parts += ["\n", after]
     return "".join(parts)

@@ -235,12 +235,16 @@ class Comparison:
 
     def train_all(self, runs: Iterable[tuple]) -> None:
         """`train` with each of these arguments, by so many workers, each with a GPU of its own if
-        there are enough."""
-        workers, free = self.settings.workers, queue.SimpleQueue()
-        for worker in range(workers):
-            free.put(self.gpus[worker % len(self.gpus)] if self.gpus and workers > 1 else None)
+        there are enough. A run that fails does not stop those beside it."""
+        if self.settings.workers == 1:
+            for run in runs:
+                self.train(*run)
+            return
+        free = queue.SimpleQueue()
+        for worker in range(self.settings.workers):
+            free.put(self.gpus[worker % len(self.gpus)] if self.gpus else None)
         own = {"initializer": lambda: setattr(self.thread, "gpu", free.get())}
-        with ThreadPoolExecutor(workers, **own) as pool:
+        with ThreadPoolExecutor(self.settings.workers, **own) as pool:
             done = [pool.submit(self.train, *run) for run in runs]
         for run in done:
             run.result()  # raises what it raised
@@ -286,7 +290,12 @@ class Comparison:
         return name
 
     def tokens_and_seconds(self, name: str) -> tuple[int, float]:
-        """A run's training tokens and seconds."""
+        """A run's training tokens and seconds. Raises ValueError if it shared a GPU."""
+        if (self.folder / name / SHARED).exists():
+            raise ValueError(
+                f"{name} trained beside others on one GPU, so its time can't be given to others; "
+                "compare with views=[tokens], or anew in another output_dir=…"
+            )
         steps = load_run(self.folder / name).training
         return steps[-1]["tokens"], clock(steps)[-1]
 
@@ -306,6 +315,8 @@ class Comparison:
         key = f"{name}: {script} {' '.join(arguments)}"
         if key in self.steps and not again:
             return
+        if self.stopped:
+            sys.exit(128 + self.stopped)
         place = self.settings.output_dir
         training = script.startswith("train/")
         where = f"output_dir={place}" if training else f"checkpoint={place}/{name}"
@@ -314,29 +325,28 @@ class Comparison:
         visible = {"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}
         spelt = [*(f"{k}={v}" for k, v in visible.items()), "python", shlex.join(command)]
         print("\n$", *spelt, flush=True)
-        started, status = time.time(), None
+        started = time.time()
         log = self.folder / f"{name}.log" if self.settings.workers > 1 else None
         if training and self.shared:
             (self.folder / name).mkdir(exist_ok=True)
             _write(self.folder / name / SHARED, json.dumps({"workers": self.settings.workers}))
-        if not self.stopped:
-            with open(log, "a") if log else nullcontext() as output:
-                child = subprocess.Popen(
-                    [sys.executable, *command],
-                    cwd=ROOT,
-                    env=os.environ | visible,
-                    stdout=output,
-                    stderr=output,
-                    preexec_fn=_as_child,
-                    pass_fds=self.inherited,
-                )
-                self.children.add(child)
-                if self.stopped:  # while it was being started
-                    child.terminate()
-                status = child.wait()
-                self.children.remove(child)
+        with open(log, "a") if log else nullcontext() as output:
+            child = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=ROOT,
+                env=os.environ | visible,
+                stdout=output,
+                stderr=output,
+                preexec_fn=_as_child,
+                pass_fds=self.inherited,
+            )
+            self.children.add(child)
+            if self.stopped:  # while it was being started
+                child.terminate()
+            status = child.wait()
+            self.children.remove(child)
         if self.stopped:
-            if training and status not in (None, 0, 128 + self.stopped):
+            if training and status not in (0, 128 + self.stopped):
                 print(f"{name}: ended with status {status} and has not saved its last steps")
             sys.exit(128 + self.stopped)
         if status:

@@ -1,3 +1,4 @@
+import argparse
 import inspect
 import json
 import textwrap
@@ -33,18 +34,40 @@ def test_wrapped_paragraphs_come_back(width, words):
     assert unwrap(wrapped) == "\n\n".join(paragraphs)
 
 
-def test_a_hyphen_needs_no_space():
-    line = "Of a word that is broken at the hyphen that it has anyhow, self-"
-    wrapped = f"{line}\nmade, the parts come together again.\n\n" + "\n".join([line] * 8)
-    assert "self-made" in unwrap(wrapped)
+@pytest.mark.parametrize(
+    ("end", "start", "joined"),
+    [("self-", "made", "self-made"), ("all--", "but", "all--but"), ("house -", "it", "house - it")],
+)
+def test_a_hyphen_needs_no_space(end, start, joined):
+    before = "Of a word at the end of a line and of how it is joined to the one after it, "
+    line = before[: 70 - len(end)].rstrip() + " " + end
+    wrapped = f"{line}\n{start}, the parts come together.\n\n" + "\n".join([before] * 8)
+    assert joined in unwrap(wrapped)
 
 
-def test_lists_and_short_lines_stay():
-    item = "- an item that is as long as the lines of the text around it are"
-    wrapped = textwrap.fill(" ".join(PARAGRAPHS * 3), len(item))
-    verse = "Roses are red,\nviolets are blue"
-    text = f"{wrapped}\n\n{item}\n{item}\n\n{verse}\n\n{wrapped}"
-    assert f"{item}\n{item}\n\n{verse}" in unwrap(text)
+@pytest.mark.parametrize(
+    "apart",
+    [
+        "- an item that is as long as the lines of the text around it are\n" * 2,
+        "Roses are red,\nviolets are blue",
+        "A heading nearly as long as the lines of the text around it\n" + "=" * 59 + "\nText.",
+        "Options that come after a line of words as long as the others are\n-------\nText.",
+        "The next heading stands right after a line of the text around it\n## As this one",
+        "And so does a block of code, right after a line as long as others\n```python\nx = 1\n```",
+        "| a table | of two columns, as long as the lines of the text around |\n|---|---|\n|a|b|",
+    ],
+)
+def test_lists_headings_and_short_lines_stay(apart):
+    wrapped = textwrap.fill(" ".join(PARAGRAPHS * 3), 66)
+    text = f"{wrapped}\n\n{apart}\n\n{wrapped}"
+    assert f"\n\n{apart}\n\n" in unwrap(text) and unwrap(wrapped).count("\n") == 0
+
+
+def test_some_lines_may_be_longer():
+    # The width is that of nearly all lines, and a line need not reach it to the last letter.
+    wrapped = "\n\n".join([textwrap.fill(" ".join(PARAGRAPHS), 70)] * 20)
+    (found,) = set(unwrap(f"{wrapped}\n\n{'x' * 300}").split("\n\n")) - {"x" * 300}
+    assert found == " ".join(PARAGRAPHS)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +76,11 @@ def test_lists_and_short_lines_stay():
         "",
         "\n\n",
         "a line\n",
+        "Hello world\nGoodbye",
         "\n".join(PARAGRAPHS),
+        "Roses are red,\nviolets are blue,\nsugar is sweet,\nand so are you.\n" * 4,
+        "\n".join(f"{i},{1000 - i},{i % 7}" for i in range(100, 200)),
+        inspect.getsource(argparse),
         inspect.getsource(data.corpus),
         (ROOT / "Makefile").read_text(),
     ],

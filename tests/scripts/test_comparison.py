@@ -209,8 +209,27 @@ def test_each_at_a_time_has_a_gpu_of_its_own_where_there_are_enough(
     assert len(list(tmp_path.glob("*/shared.json"))) == shared
 
 
-def test_one_that_fails_does_not_stop_those_beside_it(tmp_path):
-    comparison = fake(tmp_path, views=["tokens"], seeds=[0, 1, 2], workers=2)
+def test_times_are_of_trainings_that_have_a_gpu_each(tmp_path, monkeypatch):
+    how = dict(seeds=[0, 1], device="cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    with monkeypatch.context() as patch:
+        patch.setattr("scripts.compare.check_config", lambda raw: None)
+        fake(tmp_path, workers=2, **how).check()
+        fake(tmp_path, workers=3, views=["tokens"], **how).check()
+        with pytest.raises(ValueError, match="workers=3, and 2 GPUs: trainings that share one"):
+            fake(tmp_path, workers=3, **how).check()
+    comparison = fake(tmp_path, workers=2, **how)
+    comparison.run()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    fake(tmp_path, workers=2, **how).check()  # what is done is only reported
+    (tmp_path / "full_8k" / "shared.json").write_text("{}")
+    with pytest.raises(ValueError, match="full_8k trained beside others on one GPU"):
+        fake(tmp_path, **how).run()
+
+
+@pytest.mark.parametrize(("workers", "trained"), [(1, 0), (2, 5)])
+def test_one_that_fails_does_not_stop_those_beside_it(workers, trained, tmp_path):
+    comparison = fake(tmp_path, views=["tokens"], seeds=[0, 1, 2], workers=workers)
     step = comparison.step
 
     def fail(name, *rest, **how):
@@ -221,12 +240,14 @@ def test_one_that_fails_does_not_stop_those_beside_it(tmp_path):
     comparison.step = fail
     with pytest.raises(ChildProcessError, match="nsa_8k: ended"):
         comparison.run()
-    assert len(trainings(comparison)) == 5
+    assert len(trainings(comparison)) == trained
 
 
 def test_a_budget_of_minutes(tmp_path):
     comparison = fake(tmp_path, tokens=None, minutes=2.0, views=["time"])
     comparison.run()
+    budgets = [path.parent.name for path in tmp_path.glob("*/budget.json")]
+    assert sorted(budgets) == ["full_8k_same_time", "nsa_8k"]
     commands = trainings(comparison)
     assert list(commands) == ["nsa_8k_speed", "nsa_8k", "full_8k_speed", "full_8k_same_time"]
     assert "equal tokens" not in (tmp_path / "results.md").read_text()
