@@ -63,6 +63,12 @@ def test_lists_headings_and_short_lines_stay(apart):
     assert f"\n\n{apart}\n\n" in unwrap(text) and unwrap(wrapped).count("\n") == 0
 
 
+def test_prose_with_shorter_lines_is_prose():
+    wrapped = textwrap.fill(" ".join(PARAGRAPHS), 66)
+    text = "\n\n".join([f"{wrapped}\n- a short item\n- and another\n- and a third"] * 4)
+    assert unwrap(text).count("\n") == 4 * 3 + 3 * 2
+
+
 def test_some_lines_may_be_longer():
     # The width is that of nearly all lines, and a line need not reach it to the last letter.
     wrapped = "\n\n".join([textwrap.fill(" ".join(PARAGRAPHS), 70)] * 20)
@@ -77,6 +83,8 @@ def test_some_lines_may_be_longer():
         "\n\n",
         "a line\n",
         "Hello world\nGoodbye",
+        "The first of two lines that are as long as each other\nand the second of them, which ends here",
+        textwrap.fill(" ".join(PARAGRAPHS * 3), 130),
         "\n".join(PARAGRAPHS),
         "Roses are red,\nviolets are blue,\nsugar is sweet,\nand so are you.\n" * 4,
         "\n".join(f"{i},{1000 - i},{i % 7}" for i in range(100, 200)),

@@ -4,7 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
-from eval.compare import clock, size_note
+from eval.compare import clock, overview_rows, size_note
 from eval.heatmap import save_heatmaps
 from eval.report import write_comparison
 from eval.results import write_results
@@ -61,6 +61,17 @@ def test_the_clock_counts_a_step_that_compiles_like_any_other_and_a_slow_one_in_
     assert clock([*steps, larger]) == [1, 2, 3, 4, 4.5, 5, 5.5, 6.5]
     longer_documents = {"tokens": 50, "tokens_per_s": 4, "seq_len": 64}
     assert clock([*steps[:4], longer_documents]) == [1, 2, 3, 4, 6.5]
+
+
+def test_mfu_is_of_all_the_time_or_not_given():
+    steps = [
+        {"tokens": 10, "tokens_per_s": 10, "mfu": 0.6},
+        {"tokens": 50, "tokens_per_s": 40 / 3, "mfu": 0.2},  # three times as long
+    ]
+    run = SimpleNamespace(name="a", training=steps, validation=[], config={}, num_parameters=None)
+    assert overview_rows([run])[1][7] == "30.0%"
+    del steps[0]["mfu"]
+    assert overview_rows([run])[1][7] == "–"
 
 
 def test_models_of_unequal_size_are_said():

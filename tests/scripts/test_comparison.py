@@ -326,7 +326,7 @@ def wait_for(path):
     pytest.fail(f"{path.name} did not come")
 
 
-def test_a_signal_ends_the_step_that_runs(tmp_path):
+def test_a_signal_ends_the_step_that_runs(tmp_path, capsys):
     child = tmp_path / "child.py"
     child.write_text(
         "import os, signal, sys\n"
@@ -348,6 +348,10 @@ def test_a_signal_ends_the_step_that_runs(tmp_path):
         signal.signal(signal.SIGUSR1, before)
     assert error.value.code == 128 + signal.SIGUSR1
     assert (tmp_path / "saved").exists() and not comparison.steps
+    capsys.readouterr()
+    with pytest.raises(SystemExit):  # and no other is begun
+        comparison.step("full_8k", str(child), [])
+    assert not capsys.readouterr().out
 
 
 def test_other_budgets_do_not_mix_in_a_folder(tmp_path):
