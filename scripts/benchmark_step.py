@@ -43,6 +43,7 @@ VARIANTS = {  # name: (overrides, bare loop?, profile?)
     "compiled, one sequence a pass, bare loop": ([*DENSE, *SMALL_PASS], True, False),
     "eager": ([*DENSE, "train.compile=false"], False, False),
     "nsa at 64k": (["+experiment=nsa_64k"], False, True),
+    "nsa_fine at 64k": (["+experiment=nsa_64k", "attention=nsa_fine"], False, False),
     "full at 64k": (["+experiment=full_64k"], False, False),
     "sliding at 64k": (["+experiment=sliding_64k"], False, False),
     "nsa at 16k": (["+experiment=nsa_64k", "train.seq_len=16384"], False, False),
