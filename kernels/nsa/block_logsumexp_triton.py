@@ -64,15 +64,15 @@ def _logsumexp_kernel(
     lowest, latest = tl.min(tl.where(there, row, 1 << 30), 0), tl.max(tl.where(there, begin, -1), 0)
     log2_scale = scale * 1.4426950408889634
     for i in tl.range(low, high, num_stages=STAGES):
-        first, end = tl.load(firsts + i), tl.load(ends + i)
-        token = first + tl.arange(0, SIZE)
+        start, stop = tl.load(firsts + i), tl.load(ends + i)
+        token = start + tl.arange(0, SIZE)
         keys = tl.load(
             k + (token[:, None].to(tl.int64) * (HEADS // GROUP) + head // GROUP) * D + d,
-            mask=(token < end)[:, None] & (d < D), other=0.0,
+            mask=(token < stop)[:, None] & (d < D), other=0.0,
         )  # fmt: skip
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        if (end - first < SIZE) | (end > lowest + 1) | (first < latest):
-            inside = (token < end)[None] & (token >= begin[:, None]) & (token <= row[:, None])
+        if (stop - start < SIZE) | (stop > lowest + 1) | (start < latest):
+            inside = (token < stop)[None] & (token >= begin[:, None]) & (token <= row[:, None])
             scores = tl.where(inside, scores, LOW)
         most = tl.max(scores, 1)
         total = tl.sum(tl.exp2(scores * log2_scale - (most * log2_scale)[:, None]), 1)
