@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -126,6 +127,12 @@ class Profiler:
         self.profile = None
 
 
+def mean_rate(steps: list[dict], name: str) -> float:
+    """Of something per second, over all of these steps' time."""
+    seconds = [sum(v for key, v in step.items() if key.startswith("seconds/")) for step in steps]
+    return statistics.fmean([step[name] for step in steps], seconds)
+
+
 class Telemetry:
     """Rank 0's records; on other ranks every method does nothing."""
 
@@ -139,6 +146,7 @@ class Telemetry:
         if sys.stderr.isatty():
             self.bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True)
         self.num_steps = num_steps
+        self.steps = []  # since the last printed line
 
     def say(self, text: str) -> None:
         """A line for the person."""
@@ -169,13 +177,18 @@ class Telemetry:
                 self.wandb = None
 
     def progress(self, metrics: dict, seconds_left: float) -> None:
-        """Move the bar, or print a line every log.every steps and at the end."""
+        """Move the bar, or print a line every log.every steps and at the end.
+
+        The line's speed is that of the steps since the line before: its own step takes longer, since
+        more is measured in it.
+        """
         if not self.active:
             return
         step = metrics["step"]
-        text = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_s']:,.0f} tok/s"
+        self.steps = [metrics] if self.bar is not None else [*self.steps, metrics]
+        text = f"loss {metrics['loss']:.3f}  {mean_rate(self.steps, 'tokens_per_s'):,.0f} tok/s"
         if "mfu" in metrics:
-            text += f"  MFU {metrics['mfu']:.1%}"
+            text += f"  MFU {mean_rate(self.steps, 'mfu'):.1%}"
         if "memory_gb" in metrics:
             text += f"  {metrics['memory_gb']:.1f} GB"
         if self.bar is not None:
@@ -184,6 +197,7 @@ class Telemetry:
         elif step % self.every == 0 or step in (1, self.num_steps):
             left = f"{seconds_left // 60:.0f}m{seconds_left % 60:02.0f}s"
             print(f"step {step}/{self.num_steps}  {text}  {left} left", flush=True)
+            self.steps = []
 
     def close(self) -> None:
         if self.bar is not None:
