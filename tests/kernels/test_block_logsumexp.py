@@ -9,20 +9,21 @@ from kernels.nsa.block_logsumexp import LOW, block_logsumexp, twin
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make(size, dim, dtype):
-    """Documents of 70, 3 and 50 tokens cut into blocks, and three unused ones; 19 queries."""
+def make(size, dim, dtype, borders=(0, 70, 73, 123), rows=None):
+    """Documents of 70, 3 and 50 tokens cut into blocks, and three unused ones; 19 queries
+    unless their rows are given."""
     torch.manual_seed(0)
-    borders = [0, 70, 73, 123]
     blocks = [
         (first, min(first + size, end))
         for begin, end in zip(borders, borders[1:], strict=False)
         for first in range(begin, end, size)
     ]
     firsts, ends = torch.tensor([*blocks, *[(123, 123)] * 3], dtype=torch.int32, device=DEVICE).T
-    rows = torch.randperm(123)[:19].sort().values.int().to(DEVICE)
+    rows = torch.randperm(123)[:19].sort().values if rows is None else rows
+    rows = rows.int().to(DEVICE)
     document = torch.bucketize(rows, torch.tensor(borders[1:], device=DEVICE), right=True)
     begins = torch.tensor(borders, dtype=torch.int32, device=DEVICE)[document]
-    q = torch.randn(19, 6, dim, device=DEVICE, dtype=dtype)
+    q = torch.randn(len(rows), 6, dim, device=DEVICE, dtype=dtype)
     k = torch.randn(123, 2, dim, device=DEVICE, dtype=dtype)
     return q, k, rows, begins, firsts.contiguous(), ends.contiguous(), size, 0.3
 
@@ -42,6 +43,16 @@ def test_against_a_loop(size, dim, monkeypatch):
     torch.testing.assert_close(block_logsumexp_triton.forward(*inputs), expected)
     monkeypatch.setattr("kernels.nsa.block_logsumexp.CHUNK_SCORES", 2 * 6 * 19 * size)
     torch.testing.assert_close(twin(*inputs), expected)
+
+
+@pytest.mark.parametrize("first", [1, 6, 10, 14])
+def test_programs_that_begin_and_end_at_borders(first, monkeypatch):
+    """A program of 16 queries ends at the first token of a block, begins with a document of one token,
+    begins before a block's last token, or goes from one document to the next."""
+    monkeypatch.setattr(block_logsumexp_triton, "QUERIES", 16)
+    monkeypatch.setattr(block_logsumexp_triton, "BLOCKS", 4)
+    inputs = make(16, 16, torch.float32, (0, 70, 71, 123), torch.arange(first, 123))
+    torch.testing.assert_close(block_logsumexp_triton.forward(*inputs), twin(*inputs))
 
 
 def test_its_registration():
