@@ -5,10 +5,14 @@
     python data/packages.py ~/corpus gcide perl    some of it
     python train/pretrain.py +experiment=nsa_64k data=packages data.sources.text.path=~/corpus
 
+    python data/packages.py ~/long --shortest 130_000 --most 11_000_000    long ones, of no source much
+    python train/pretrain.py +experiment=nsa_small_64k data=packages_long data.sources.text.path=~/long
+
 On any Debian machine with its package lists there (`apt-get update`); nothing is installed, and root
 isn't needed. Each source becomes one <name>.jsonl.zst with `text`, `source` and `id`; one that is
-there is left alone, so an interrupted call goes on. Small files are joined, by folder, into documents
-as long as a long context wants them. Mind the licences before you pass any of it on.
+there is left alone, so an interrupted call goes on; other limits want another folder. Small files are
+joined, by folder, into documents as long as a long context wants them. Mind the licences before you
+pass any of it on.
 """
 
 import sys
@@ -20,6 +24,7 @@ if __name__ == "__main__":
 import argparse
 import gzip
 import json
+import random
 import re
 import subprocess
 import sysconfig
@@ -27,7 +32,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from typing import NamedTuple
 
@@ -78,8 +83,11 @@ SOURCES = {
 }  # fmt: skip
 
 
-def assemble(name: str, folder: Path) -> None:
+def assemble(name: str, folder: Path, shortest: int = 0, most: int | None = None) -> None:
     """Makes folder/<name>.jsonl.zst, unless it is there.
+
+    shortest: characters of a document that is kept. most: of all of them; if there are more, documents
+    are drawn, the same each time.
 
     Raises:
         OSError: the package can't be had, in one sentence.
@@ -92,16 +100,33 @@ def assemble(name: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as cache, open(partial, "wb") as file:
         compressor = zstandard.ZstdCompressor(9)
         with compressor.stream_writer(file) as rows:
-            for id, text in _documents(source, Path(cache)):
+            for id, text in _draw(_documents(source, Path(cache)), shortest, most):
                 row = {"text": text, "source": name, "id": id}
                 rows.write(json.dumps(row).encode() + b"\n")
                 sizes.append(len(text))
+    if not sizes:
+        partial.unlink()
+        raise OSError(f"{source.package}: no document is as long as --shortest and --most say")
     partial.rename(path)
     print(
         f"{name:<12}{len(sizes):>7,} documents {sum(sizes) / 1e6:>8.1f} MB, longest "
         f"{max(sizes) / 1e6:>5.1f} MB {time.time() - started:>5.0f} s   {source.licence}",
         flush=True,
     )
+
+
+def _draw(
+    documents: Iterable[tuple[str, str]], shortest: int, most: int | None
+) -> Iterator[tuple[str, str]]:
+    long = [document for document in documents if len(document[1]) >= shortest]
+    if most is None:
+        yield from long
+        return
+    random.Random(0).shuffle(long)
+    for id, text in long:
+        if len(text) <= most:
+            most -= len(text)
+            yield id, text
 
 
 def _documents(source: Source, cache: Path) -> Iterator[tuple[str, str]]:
@@ -217,12 +242,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the files go")
     parser.add_argument("source", nargs="*", choices=[[], *SOURCES], help="all, when none is named")
+    parser.add_argument(
+        "--shortest", type=int, default=0, help="characters of a document that is kept"
+    )
+    parser.add_argument("--most", type=int, help="characters of a source; all, when not given")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     failed = 0
     for name in arguments.source or SOURCES:
         try:
-            assemble(name, arguments.folder)
+            assemble(name, arguments.folder, arguments.shortest, arguments.most)
         except OSError as error:
             failed += 1
             print(f"{name:<12}left out: {error}", file=sys.stderr)

