@@ -68,10 +68,12 @@ def test_mfu_is_of_all_the_time_or_not_given():
         {"tokens": 10, "tokens_per_s": 10, "mfu": 0.6},
         {"tokens": 50, "tokens_per_s": 40 / 3, "mfu": 0.2},  # three times as long
     ]
-    run = SimpleNamespace(name="a", training=steps, validation=[], config={}, num_parameters=None)
-    assert overview_rows([run])[1][7] == "30.0%"
+    uneven = SimpleNamespace(
+        name="a", training=steps, validation=[], config={}, num_parameters=None
+    )
+    assert overview_rows([uneven])[1][7] == "30.0%"
     del steps[0]["mfu"]
-    assert overview_rows([run])[1][7] == "–"
+    assert overview_rows([uneven])[1][7] == "–"
 
 
 def test_models_of_unequal_size_are_said():
