@@ -87,7 +87,7 @@ def assemble(name: str, folder: Path, shortest: int = 0, most: int | None = None
     """Makes folder/<name>.jsonl.zst, unless it is there.
 
     shortest: characters of a document that is kept. most: of all of them; if there are more, documents
-    are drawn, the same each time.
+    are drawn, the same each time, and those that no longer fit are passed over.
 
     Raises:
         OSError: the package can't be had, in one sentence.
@@ -106,7 +106,9 @@ def assemble(name: str, folder: Path, shortest: int = 0, most: int | None = None
                 sizes.append(len(text))
     if not sizes:
         partial.unlink()
-        raise OSError(f"{source.package}: no document is as long as --shortest and --most say")
+        raise OSError(
+            f"{source.package}: no document is between --shortest and --most characters long"
+        )
     partial.rename(path)
     print(
         f"{name:<12}{len(sizes):>7,} documents {sum(sizes) / 1e6:>8.1f} MB, longest "
@@ -118,10 +120,11 @@ def assemble(name: str, folder: Path, shortest: int = 0, most: int | None = None
 def _draw(
     documents: Iterable[tuple[str, str]], shortest: int, most: int | None
 ) -> Iterator[tuple[str, str]]:
-    long = [document for document in documents if len(document[1]) >= shortest]
+    long = (document for document in documents if len(document[1]) >= shortest)
     if most is None:
         yield from long
         return
+    long = list(long)
     random.Random(0).shuffle(long)
     for id, text in long:
         if len(text) <= most:

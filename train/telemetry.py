@@ -147,6 +147,7 @@ class Telemetry:
             self.bar = tqdm(total=num_steps, unit="step", dynamic_ncols=True)
         self.num_steps = num_steps
         self.steps = []  # since the last printed line
+        self.first, self.length = False, None  # whether the last step was the first of its length
 
     def say(self, text: str) -> None:
         """A line for the person."""
@@ -180,12 +181,17 @@ class Telemetry:
         """Move the bar, or print a line every log.every steps and at the end.
 
         The line's speed is that of the steps since the line before: its own step takes longer, since
-        more is measured in it.
+        more is measured in it. The first step of a process or a length, which compiles, counts only
+        where there is no other.
         """
         if not self.active:
             return
         step = metrics["step"]
-        self.steps = [metrics] if self.bar is not None else [*self.steps, metrics]
+        if self.bar is not None or self.length != metrics["seq_len"]:
+            self.steps = [metrics]
+        else:
+            self.steps = [*self.steps[self.first :], metrics]
+        self.first, self.length = self.length != metrics["seq_len"], metrics["seq_len"]
         text = f"loss {metrics['loss']:.3f}  {mean_rate(self.steps, 'tokens_per_s'):,.0f} tok/s"
         if "mfu" in metrics:
             text += f"  MFU {mean_rate(self.steps, 'mfu'):.1%}"

@@ -74,9 +74,11 @@ def test_long_documents_and_so_much_of_them(rows, tmp_path):
     assert list(rows(source, files, shortest=4)) == [*"abcdefgh", "j"]
 
 
-def test_no_document_is_long_enough(rows, tmp_path):
-    with pytest.raises(OSError, match="pip:x: no document is as long as --shortest"):
-        rows(packages.Source("pip:x", r".*", 0, "MIT"), {"a": b"a"}, shortest=4)
+def test_no_document_is_of_that_length(rows, tmp_path):
+    source = packages.Source("pip:x", r".*", 0, "MIT")
+    for limits in (dict(shortest=4), dict(most=2)):
+        with pytest.raises(OSError, match="pip:x: no document is between --shortest"):
+            rows(source, {"a": b"abc"}, **limits)
     assert not list(tmp_path.iterdir())
 
 

@@ -2,7 +2,7 @@
 
 The interpreter runs what the compiler refuses, such as a variable that a loop gives another shape. A
 launch here compiles its kernel, down to the machine's code, and runs nothing. Prints the names of all
-functions that were launched.
+functions that were launched. One configuration of each, in bf16; the compiler may refuse others.
 The Gluon kernels of kernels/nsa are left out: they want the Triton version they were written for.
 """
 
@@ -51,7 +51,7 @@ from kernels.nsa import append_triton, block_logsumexp_triton, decode_triton, op
 from kernels.nsa.geometry import Geometry
 
 TOKENS, HEADS, KV_HEADS, DIM = 256, 8, 2, 64
-geometry = Geometry(32, 16, 64, 16, 512, 1, 2)
+geometry = Geometry(16, 8, 64, 32, 512, 1, 2)  # attention=nsa_fine
 rows = geometry.capacity(TOKENS)
 cu_seqlens = torch.tensor([0, 100, TOKENS], dtype=torch.int32)
 lengths = torch.tensor([100, 156], dtype=torch.int32)
@@ -76,7 +76,11 @@ def attention(max_seqlen=156):
 
 
 def pooling():
-    x, score, position = bf16(TOKENS, KV_HEADS, DIM), bf16(TOKENS, KV_HEADS), bf16(32, KV_HEADS)
+    x, score, position = (
+        bf16(TOKENS, KV_HEADS, DIM),
+        bf16(TOKENS, KV_HEADS),
+        bf16(geometry.compress_block, KV_HEADS),
+    )
     y, lse = pool.pool_forward(x, score, position, cu_seqlens, geometry)
     pool.pool_backward(y, x, score, position, y, lse, cu_seqlens, geometry)
 
@@ -87,16 +91,23 @@ def decoding():
     q, gates = bf16(2, HEADS, DIM), bf16(2, HEADS, 3)
     decode_triton.decode_step(q, *caches, gates, lengths, geometry, scale)
     decode_triton.window_step(q, *caches[-2:], lengths, 512, scale)
-    tokens, ring = [bf16(2, KV_HEADS, DIM)] * 2, [bf16(2, 32, KV_HEADS, DIM)] * 2
-    scores, positions = [bf16(KV_HEADS, DIM)] * 2, [bf16(32, KV_HEADS)] * 2
-    append_triton.append_step(ring, tokens, lengths, caches[:2], scores, positions, 16)
+    tokens, ring = (
+        [bf16(2, KV_HEADS, DIM)] * 2,
+        [bf16(2, geometry.compress_block, KV_HEADS, DIM)] * 2,
+    )
+    scores, positions = [bf16(KV_HEADS, DIM)] * 2, [bf16(geometry.compress_block, KV_HEADS)] * 2
+    append_triton.append_step(
+        ring, tokens, lengths, caches[:2], scores, positions, geometry.compress_stride
+    )
 
 
 def around():
     """The kernels beside the attention."""
-    q, k = bf16(TOKENS, HEADS, DIM), bf16(TOKENS, KV_HEADS, DIM)
     blocks = int32(TOKENS), int32(TOKENS), int32(4), int32(4)
-    block_logsumexp_triton.forward(q, k, *blocks, 64, scale)
+    for dim in (DIM, 128):
+        q, k = bf16(TOKENS, HEADS, dim), bf16(TOKENS, KV_HEADS, dim)
+        block_logsumexp_triton.forward(q, k, *blocks, 64, scale)
+    q = bf16(TOKENS, HEADS, DIM)
     tables = torch.zeros(2, TOKENS, DIM // 2)
     rotary_triton.forward(q, bf16(DIM), *tables, 1e-6)
     rotary_triton.backward(q, q, bf16(DIM), *tables, 1e-6)
