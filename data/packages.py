@@ -120,6 +120,7 @@ def assemble(name: str, folder: Path, shortest: int = 0, most: int | None = None
 def _draw(
     documents: Iterable[tuple[str, str]], shortest: int, most: int | None
 ) -> Iterator[tuple[str, str]]:
+    """Those documents that `assemble` keeps, one at a time unless it has to choose."""
     long = (document for document in documents if len(document[1]) >= shortest)
     if most is None:
         yield from long
