@@ -5,7 +5,7 @@
     python data/packages.py ~/corpus gcide perl    some of it
     python train/pretrain.py +experiment=nsa_64k data=packages data.sources.text.path=~/corpus
 
-    python data/packages.py ~/long --shortest 130_000 --most 11_000_000    long ones, of no source much
+    python data/packages.py ~/long --shortest 130_000 --most 24_000_000    long ones, of no source much
     python train/pretrain.py +experiment=nsa_small_64k data=packages_long data.sources.text.path=~/long
 
 On any Debian machine with its package lists there (`apt-get update`); nothing is installed, and root

@@ -156,22 +156,24 @@ def save_figure(results: dict, path: Path) -> None:
 
 
 def save_growth(variants: dict, path: Path) -> None:
-    """Training time of one sequence against its length, for variants named "<recipe> at <n>k" of which
-    there are several lengths; the numbers are how many times longer than at half the length."""
+    """Time of a sequence against its length, a training step and a forward pass, for variants named
+    "<recipe> at <n>k" of which there are several lengths; the numbers are how many times longer than at
+    half the length."""
     lines: dict[str, dict[int, float]] = {}
     for name, result in variants.items():
         if (found := re.fullmatch(r"(.+) at (\d+)k", name)) and "tokens_per_s" in result:
             length = int(found[2]) << 10
-            lines.setdefault(found[1], {})[length] = length / result["tokens_per_s"]
-    lines = {recipe: dict(sorted(times.items())) for recipe, times in lines.items()}
-    lines = {recipe: times for recipe, times in lines.items() if len(times) > 1}
+            lines.setdefault(f"{found[1]}, step", {})[length] = length / result["tokens_per_s"]
+            if "forward_s" in result:
+                lines.setdefault(f"{found[1]}, forward", {})[length] = result["forward_s"]
+    lines = {name: dict(sorted(times.items())) for name, times in lines.items() if len(times) > 1}
     if not lines:
         return
     figure = Figure((5.2, 3.6), layout="constrained")
     panel = figure.subplots()
-    for recipe, times in lines.items():
+    for name, times in lines.items():
         (drawn,) = panel.plot(
-            *zip(*times.items(), strict=True), marker="o", markersize=4, label=recipe
+            *zip(*times.items(), strict=True), marker="o", markersize=4, label=name
         )
         for length, seconds in times.items():
             if length // 2 in times:
@@ -187,6 +189,6 @@ def save_growth(variants: dict, path: Path) -> None:
     panel.yaxis.set_minor_formatter("{x:g}")
     panel.grid(True, which="major", color="#dddddd", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.set(xlabel="tokens of a sequence", ylabel="training time of a sequence (s)")
+    panel.set(xlabel="tokens of a sequence", ylabel="seconds a sequence")
     panel.legend(frameon=False)
     figure.savefig(path, dpi=130)

@@ -20,6 +20,7 @@ import argparse
 import gc
 import json
 import time
+from collections.abc import Callable
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -124,20 +125,25 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
     if cuda:
         torch.cuda.reset_peak_memory_stats()
 
-    def step() -> float:
-        began = time.perf_counter()
+    def step() -> None:
         for _ in range(run.accumulation(1)):
             engine.backward(engine(batch))
             engine.step()
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.targets)
+
+    def timed(work: Callable[[], None]) -> float:
+        began = time.perf_counter()
+        work()
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    began = time.perf_counter()
+    first = timed(step)
     step()
-    first = time.perf_counter() - began
-    step()
-    seconds = sorted(step() for _ in range(steps))[steps // 2]
+    seconds = sorted(timed(step) for _ in range(steps))[steps // 2]
     rate = run.train.batch_tokens / seconds
     result = {
         "parameters": count, "tokens_per_step": run.train.batch_tokens, "first_step_s": first,
@@ -145,6 +151,9 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
         "mfu": rate * flops / peak if (peak := peak_flops(device)) else None,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
     }  # fmt: skip
+    if not run.train.compile:  # which would take a minute more
+        forward()
+        result["forward_s"] = sorted(timed(forward) for _ in range(steps))[steps // 2]
     if profile:
         with torch.profiler.profile() as found:
             step()

@@ -27,8 +27,9 @@ from kernels.nsa.union import Union, block_unions, tile_queries
 KEY_MAJOR_GROUP = 4
 # Key-major once the unions hold this many times the blocks that one query of the tile has.
 KEY_MAJOR_UNION = 3.8
-# Bytes of partial rows at a time; KV heads beyond that take turns.
+# Bytes of partial rows at a time; KV heads beyond that take turns, and more for a single one.
 WORKSPACE = 1 << 30
+LARGEST_WORKSPACE = 4 << 30
 SHARED_MEMORY = 200 << 10
 LN2 = math.log(2)
 
@@ -95,7 +96,7 @@ class Shape:
         return self.tokens * self.num_selected * self.group * dim * self.element
 
     def may_be_key_major(self, dim: int) -> bool:
-        return self.group <= KEY_MAJOR_GROUP and self.partial_bytes(dim) <= WORKSPACE
+        return self.group <= KEY_MAJOR_GROUP and self.partial_bytes(dim) <= LARGEST_WORKSPACE
 
     def key_major(self, union: Union) -> torch.Tensor:
         """int32 [Hkv], 1 for the KV heads whose unions are too wide for tiles of queries."""

@@ -122,6 +122,6 @@ triton_functions = ops._triton()
 ops._backend = lambda q: triton_functions
 for part in (attention, pooling, decoding, around):
     part()
-selected.WORKSPACE = 0  # another way through the selected branch's gradients
+selected.LARGEST_WORKSPACE = 0  # another way through the selected branch's gradients
 attention(max_seqlen=1 << 16)  # and through those of long documents
 print(*sorted(compiled), sep="\n")

@@ -132,7 +132,9 @@ def test_heads_take_turns_and_lists_split(monkeypatch):
     monkeypatch.setattr(selected.Shape, "item_pairs", lambda self: 16)
     inputs = make_inputs([40, 21], 2, 4, (16, 16), 3, 8, torch.float32, 0)
     check(inputs)
-    monkeypatch.setattr(selected, "WORKSPACE", 0)
+    monkeypatch.setattr(selected, "WORKSPACE", 0)  # less than one head needs: one at a time
+    check(inputs)
+    monkeypatch.setattr(selected, "LARGEST_WORKSPACE", 0)
     check(inputs)
 
 
@@ -283,3 +285,30 @@ def test_both_ways_at_dimension_128(heads, kv_heads, portable, dtype, monkeypatc
         monkeypatch.setattr(selected, "on_hopper", lambda *_: False)
     group = heads // kv_heads
     same_bits_twice(make_inputs(RAGGED, kv_heads, group, (128, 128), 16, 64, dtype, 4))
+
+
+@pytest.mark.gpu
+def test_both_ways_agree_where_a_heads_partial_rows_take_the_largest_workspace(monkeypatch):
+    """Which is 2**31 elements."""
+    torch.manual_seed(0)
+    tokens, group, dim, block, n = 1 << 18, 4, 64, 64, 32
+    q, do = (torch.randn(tokens, group, dim, device=DEVICE).bfloat16() for _ in range(2))
+    k, v = (torch.randn(tokens, 1, dim, device=DEVICE).bfloat16() for _ in range(2))
+    own = torch.arange(tokens, device=DEVICE)[:, None] // block
+    drawn = (torch.rand(tokens, n, device=DEVICE) * own).int().sort(1).values
+    drawn[:, -1:] = own
+    drawn[:, 1:][drawn[:, 1:] == drawn[:, :-1]] = tokens  # drawn twice: to the end
+    drawn = drawn.sort(1).values
+    indices = torch.where(drawn < tokens, drawn, -1)[None].contiguous()
+    cu_seqlens = torch.tensor([0, tokens], dtype=torch.int32, device=DEVICE)
+    args = indices, cu_seqlens, tokens, Geometry(16, 8, block, n, 512), dim**-0.5
+    monkeypatch.setattr(selected, "KEY_MAJOR_UNION", 0.0)
+    results = []
+    for largest in (selected.LARGEST_WORKSPACE, 0):
+        monkeypatch.setattr(selected, "LARGEST_WORKSPACE", largest)
+        assert selected.Shape(q, k, v, args[3]).may_be_key_major(dim) == (largest > 0)
+        o, lse = selected.selected_forward(q, k, v, *args)
+        grads = selected_backward.selected_backward(do, q, k, v, lse, row_delta(do, o), *args)
+        results.append((o, *grads))
+    for key_major, union in zip(*results, strict=True):
+        assert relative_error(key_major, union.double()) < 1e-2
