@@ -132,7 +132,13 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
 
     def forward() -> None:
         with torch.no_grad():
-            model(batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen, batch.targets)
+            model(
+                batch.tokens,
+                batch.positions,
+                batch.cu_seqlens,
+                batch.max_seqlen,
+                targets=batch.targets,
+            )
 
     def timed(work: Callable[[], None]) -> float:
         began = time.perf_counter()
