@@ -45,6 +45,13 @@ VARIANTS = {  # name: (overrides, bare loop?, profile?)
     "eager": ([*DENSE, "train.compile=false"], False, False),
     "nsa at 64k": (["+experiment=nsa_64k"], False, True),
     "nsa_fine at 64k": (["+experiment=nsa_64k", "attention=nsa_fine"], False, False),
+    "nsa at 64k, 256 taught": (
+        ["+experiment=nsa_64k", "attention.taught_queries=256"], False, True,
+    ),
+    "nsa at 64k, 256 taught, graphs": (
+        ["+experiment=nsa_64k", "attention.taught_queries=256", "train.cuda_graphs=true"],
+        False, True,
+    ),
     "full at 64k": (["+experiment=full_64k"], False, False),
     "sliding at 64k": (["+experiment=sliding_64k"], False, False),
     "nsa at 16k": (["+experiment=nsa_64k", "train.seq_len=16384"], False, False),

@@ -1,8 +1,11 @@
 """The attention benchmark without a GPU: its selections, its tables and its figure."""
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+from eval import speed
 from eval.speed import save_figure, save_growth, tables
 from scripts.bench_attention import GEOMETRY, shared_part, synthetic_selection
 
@@ -50,10 +53,27 @@ def test_tables_and_figure(tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 5000
 
 
-def test_growth_is_drawn_where_there_are_several_lengths(tmp_path):
-    variants = {f"nsa at {n}k": {"tokens_per_s": 1e5 / n**0.2} for n in (32, 64, 128)}
+def test_growth_is_drawn_where_there_are_several_lengths(tmp_path, monkeypatch):
+    kept = []
+
+    class Kept(Figure):
+        def savefig(self, *args, **options):
+            kept.append(self)
+            super().savefig(*args, **options)
+
+    monkeypatch.setattr(speed, "Figure", Kept)
+    variants = {
+        f"nsa at {n}k": {"tokens_per_s": 1e5 / n**0.2, "forward_s": n / 300} for n in (128, 32, 64)
+    }
     variants |= {"full at 64k": {"tokens_per_s": 3e4}, "nsa at 256k": {"error": "out of memory"}}
     save_growth(variants, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 5000
+    (panel,) = kept[0].axes
+    step, forward = panel.lines
+    assert (step.get_label(), forward.get_label()) == ("nsa, step", "nsa, forward")
+    assert list(step.get_xdata()) == [32 << 10, 64 << 10, 128 << 10]
+    assert np.allclose(step.get_ydata(), [n * 1024 * n**0.2 / 1e5 for n in (32, 64, 128)])
+    assert np.allclose(forward.get_ydata(), [n / 300 for n in (32, 64, 128)])
+    assert [text.get_text() for text in panel.texts] == ["2.30", "2.30", "2.00", "2.00"]
     save_growth({"full at 64k": {"tokens_per_s": 3e4}}, tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
