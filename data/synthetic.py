@@ -97,6 +97,11 @@ ASKING = (
     "What was the {adjective} {subject} {measure} {link} {key}? ", "{opening} {measure} {link} {key}? ",
     "Who knows the {adjective} {measure} {link} {key}, as it was written? ",
 )  # fmt: skip
+# What a question may put after the key, so that no run of its words was in the statement.
+CLAUSES = (
+    "", "", "", " from before", ", as stated above,", " as it stood earlier", " given further up",
+    ", according to these pages,", " noted somewhere in here", " that was written down earlier",
+)  # fmt: skip
 KEY_NOUNS = (
     "acorn almond arrow autumn bakery bamboo banner barrel beetle bishop bonnet bottle bracelet bridge "
     "broom bucket buckle butter cactus camera canoe captain carriage carrot cave cellar chapel chimney "
@@ -181,38 +186,58 @@ def passkey(rng: random.Random, *_) -> Task:
     return [statement.format(value=value)], [(f"{question} {value}.", 0)]
 
 
-def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[str, str]:
-    """A statement, and a question with its answer: in other words, or after the statement's own.
+def _fact(
+    rng: random.Random, key: str, value: str, some_words: Words, times: int
+) -> tuple[str, list[str]]:
+    """A statement, and so many questions with its answer: in other words, or after the statement's own.
 
     Some statements are any words of the haystack and the value: nothing announces it but that it
     followed them before.
     """
-    kind = rng.random()
+    kind, questions = rng.random(), []
     if kind < 0.15:
         statement, question = rng.choice(NEEDLES)
-        return statement.format(key=key, value=value), f"{question.format(key=key)} {value}."
-    if kind < 0.65:
+        return statement.format(key=key, value=value), [
+            f"{question.format(key=key)} {value}."
+        ] * times
+    if kind < 0.5:
         before = rng.choice(WITH_WORDS)
         before = before.format(words=some_words(), key=key, after=some_words().split()[0])
         value = value if rng.random() < 0.75 else some_words()
         statement = f"{before}{rng.choice(AFTER_WORDS)} {value}."
-        return statement, rng.choice(("", f"{some_words()}? ", f"{some_words()}. ")) + statement
+        for _ in range(times):
+            after = f"{before}{rng.choice(AFTER_WORDS)} {value}."
+            answer = rng.choice((statement, after))
+            questions.append(rng.choice(("", f"{some_words()}? ", f"{some_words()}. ")) + answer)
+        return statement, questions
     words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | {"key": key}
     statement = rng.choice(LEADS) + rng.choice(HEADS).format(**words) + f" {value}."
-    answer = statement
-    if rng.random() < 0.5:
-        words |= {
-            slot: rng.choice(SLOTS[slot]) for slot in ("opening", "adjective", "link", "verb")
-        }
-        answer = rng.choice(HEADS).format(**words) + f" {value}."
-    return statement, rng.choice(ASKING).format(**words) + answer
+    for _ in range(times):
+        answer = statement
+        if rng.random() < 0.7:
+            head, others = rng.choice(HEADS), dict(words)
+            for slot in ("opening", "adjective", "link", "verb"):
+                others[slot] = rng.choice(SLOTS[slot])
+            if "{key}'" not in head:
+                others["key"] += rng.choice(CLAUSES)
+            answer = f"{head.format(**others)} {value}."
+        questions.append(rng.choice(ASKING).format(**words) + answer)
+    return statement, questions
 
 
 def needle(rng: random.Random, most: int, some_words: Words) -> Task:
-    """Facts in many wordings, of which some are asked for."""
-    facts = [_fact(rng, key, value, some_words) for key, value in _pairs(rng, most).items()]
-    asked = rng.sample(range(len(facts)), rng.randint(1, len(facts)))
-    return [statement for statement, _ in facts], [(facts[i][1], i) for i in asked]
+    """Facts in many wordings, of which some are asked for: where there are few, up to eight times each,
+    or a long document would hardly teach to look for what is rare in it."""
+    pairs = _pairs(rng, most)
+    asked = set(rng.sample(range(len(pairs)), rng.randint(1, len(pairs))))
+    times = rng.randint(1, min(8, max(most // 8, 1))) if len(pairs) <= 4 else 1
+    statements, questions = [], []
+    for i, (key, value) in enumerate(pairs.items()):
+        statement, own = _fact(rng, key, value, some_words, times if i in asked else 0)
+        statements.append(statement)
+        questions += [(question, i) for question in own]
+    rng.shuffle(questions)
+    return statements, questions
 
 
 def recall(rng: random.Random, most: int, _) -> Task:
@@ -333,6 +358,8 @@ class SyntheticLoader:
             most = max(most // 2, 1)
         text = self._text(start, room)
         places = sorted(self._sentence_end(text, rng.randint(0, room)) for _ in statements)
+        if rng.random() < 0.1:
+            places[0] = 0  # the document's first words, where hardly a draw falls
         places += [self._sentence_end(text, rng.randint(places[i], room)) for _, i in early]
         parts, before = [np.array([self.eot_id])], 0
         for i in np.argsort(places, kind="stable"):
