@@ -19,6 +19,7 @@ from data.shards import TokenShards
 from data.tokenizer import end_of_text_id, vocab_size
 
 SHORTEST = 512  # tokens of a document, which hold one statement and its question in any tokenizer
+NEAR = 256  # tokens in which the end of a sentence is looked for
 TOKENS_PER_ITEM = 48  # of the document, for each statement, at the densest
 
 PASSKEYS = (
@@ -218,7 +219,7 @@ def _fact(
             head, others = rng.choice(HEADS), dict(words)
             for slot in ("opening", "adjective", "link", "verb"):
                 others[slot] = rng.choice(SLOTS[slot])
-            if "{key}'" not in head:
+            if "{key}'" not in head and "{key}," not in head:
                 others["key"] += rng.choice(CLAUSES)
             answer = f"{head.format(**others)} {value}."
         questions.append(rng.choice(ASKING).format(**words) + answer)
@@ -356,7 +357,8 @@ class SyntheticLoader:
             ending = self._encode("\n\n" + " ".join(question for question, _ in last))
             room = length - 1 - sum(map(len, inserts)) - len(ending)
             most = max(most // 2, 1)
-        text = self._text(start, room)
+        text = self._text(start, room + NEAR)  # of which the first sentence, cut off, is dropped
+        text = text[self._sentence_end(text, 0) :][:room]
         places = sorted(self._sentence_end(text, rng.randint(0, room)) for _ in statements)
         if rng.random() < 0.1:
             places[0] = 0  # the document's first words, where hardly a draw falls
@@ -405,5 +407,5 @@ class SyntheticLoader:
 
     def _sentence_end(self, text: np.ndarray, place: int) -> int:
         """The first end of a sentence from `place` on, or `place` where none is near."""
-        near = np.flatnonzero(self._ends_sentence[text[place : place + 256]])
+        near = np.flatnonzero(self._ends_sentence[text[place : place + NEAR]])
         return place + int(near[0]) + 1 if len(near) else place

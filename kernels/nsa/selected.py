@@ -27,8 +27,9 @@ from kernels.nsa.union import Union, block_unions, tile_queries
 KEY_MAJOR_GROUP = 4
 # Key-major once the unions hold this many times the blocks that one query of the tile has.
 KEY_MAJOR_UNION = 3.8
-# Bytes of partial rows at a time; KV heads beyond that take turns, and more for a single one.
+# Bytes of partial rows at a time; KV heads beyond that take turns.
 WORKSPACE = 1 << 30
+# A single head may take more, up to this; beyond it unions are walked.
 LARGEST_WORKSPACE = 4 << 30
 SHARED_MEMORY = 200 << 10
 LN2 = math.log(2)

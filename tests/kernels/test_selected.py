@@ -289,7 +289,7 @@ def test_both_ways_at_dimension_128(heads, kv_heads, portable, dtype, monkeypatc
 
 @pytest.mark.gpu
 def test_both_ways_agree_where_a_heads_partial_rows_take_the_largest_workspace(monkeypatch):
-    """Which is 2**31 elements."""
+    """Of 2**31 elements, so that the last one's index just fits into 32 bits."""
     torch.manual_seed(0)
     tokens, group, dim, block, n = 1 << 18, 4, 64, 64, 32
     q, do = (torch.randn(tokens, group, dim, device=DEVICE).bfloat16() for _ in range(2))
