@@ -146,7 +146,7 @@ def some_words():
 
 
 def test_few_facts_are_asked_for_again_and_in_other_words():
-    rng, asked, echoes = random.Random(0), [], 0
+    rng, asked, echoes, left_out = random.Random(0), [], 0, 0
     for _ in range(300):
         statements, questions = needle(rng, 64, some_words)
         assert {i for _, i in questions} <= set(range(len(statements)))
@@ -154,17 +154,21 @@ def test_few_facts_are_asked_for_again_and_in_other_words():
         assert len(times) == 1 and (len(statements) <= 4 or times == {1})
         asked += times
         echoes += statements[questions[0][1]] in questions[0][0]
+        left_out += len({i for _, i in questions}) < len(statements)
         for question, i in questions:
+            assert ",," not in question
             assert re.findall(r"\d{4,}", question) in ([], re.findall(r"\d{4,}", statements[i]))
     assert set(asked) == set(range(1, 9))
-    assert 0.2 < echoes / 300 < 0.6
+    assert 0.2 < echoes / 300 < 0.6 and left_out > 100
     assert all(len(needle(rng, 10, some_words)[1]) <= 10 for _ in range(100))  # where room is short
 
 
-def test_a_document_may_begin_with_a_statement(loader, tokenizer):
+def test_a_document_begins_with_a_sentence_or_with_a_statement(loader, tokenizer):
     texts = documents(loader(["recall"], seq_len=1024), tokenizer, samples=150)
-    first = sum(bool(re.match(r" \S.{0,30} -> ", text)) for text in texts)
-    assert 0.05 < first / len(texts) < 0.2
+    stated = [bool(re.match(r" \S.{0,30} -> ", text)) for text in texts]
+    assert 0.05 < sum(stated) / len(texts) < 0.2
+    sentences = [text for text, first in zip(texts, stated, strict=True) if not first]
+    assert all(text.lstrip().startswith(("The", "fox", "It")) for text in sentences)
 
 
 def test_depths_are_spread_over_the_document(loader, tokenizer):

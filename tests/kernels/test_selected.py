@@ -133,8 +133,11 @@ def test_heads_take_turns_and_lists_split(monkeypatch):
     inputs = make_inputs([40, 21], 2, 4, (16, 16), 3, 8, torch.float32, 0)
     check(inputs)
     monkeypatch.setattr(selected, "WORKSPACE", 0)  # less than one head needs: one at a time
+    shape = selected.Shape(*inputs[:3], inputs[-1])
+    assert shape.may_be_key_major(16)
     check(inputs)
     monkeypatch.setattr(selected, "LARGEST_WORKSPACE", 0)
+    assert not shape.may_be_key_major(16)
     check(inputs)
 
 
