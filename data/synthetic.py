@@ -98,7 +98,7 @@ ASKING = (
     "What was the {adjective} {subject} {measure} {link} {key}? ", "{opening} {measure} {link} {key}? ",
     "Who knows the {adjective} {measure} {link} {key}, as it was written? ",
 )  # fmt: skip
-# What a question may put after the key, so that no run of its words was in the statement.
+# What a question may put after the key, so that the words before the value differ more from the statement's.
 CLAUSES = (
     "", "", "", " from before", ", as stated above,", " as it stood earlier", " given further up",
     ", according to these pages,", " noted somewhere in here", " that was written down earlier",
@@ -214,15 +214,14 @@ def _fact(
     words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | {"key": key}
     statement = rng.choice(LEADS) + rng.choice(HEADS).format(**words) + f" {value}."
     for _ in range(times):
-        answer = statement
+        others, answer = dict(words), statement
         if rng.random() < 0.7:
-            head, others = rng.choice(HEADS), dict(words)
             for slot in ("opening", "adjective", "link", "verb"):
                 others[slot] = rng.choice(SLOTS[slot])
-            if "{key}'" not in head and "{key}," not in head:
-                others["key"] += rng.choice(CLAUSES)
-            answer = f"{head.format(**others)} {value}."
-        questions.append(rng.choice(ASKING).format(**words) + answer)
+            head = rng.choice(HEADS)
+            clause = rng.choice(CLAUSES) if "{key}'" not in head and "{key}," not in head else ""
+            answer = f"{head.format(**others | {'key': key + clause})} {value}."
+        questions.append(rng.choice(ASKING).format(**others) + answer)
     return statement, questions
 
 

@@ -4,9 +4,9 @@
 
 Random tokens in documents of one sequence each, on one device, through the trainer's own engine and
 through a bare torch loop. A variant is a recipe with overrides; each writes its line as it ends, and
-none starts after --seconds. The profile's largest parts are kept for some, and for those not compiled the
-time of a forward pass alone. Where a recipe was measured at several lengths, a figure beside --out shows
-how its time grows.
+none starts after --seconds. The profile's largest parts are kept for some, and for those not compiled
+the time of a forward pass as in evaluation, without lesson and never captured. Where a recipe was
+measured at several lengths, a figure beside --out shows how its time grows.
 """
 
 from __future__ import annotations
@@ -159,9 +159,11 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
     }  # fmt: skip
     if not run.train.compile:  # which would take a minute more
+        model.eval()
         timed(forward)
         forward_s = sorted(timed(forward) for _ in range(steps))[steps // 2]
         result["forward_s"] = forward_s / (len(batch.cu_seqlens) - 1)  # of a sequence
+        model.train()
     if profile:
         with torch.profiler.profile() as found:
             step()
