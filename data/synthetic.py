@@ -197,10 +197,8 @@ def _fact(
     """
     kind, questions = rng.random(), []
     if kind < 0.15:
-        statement, question = rng.choice(NEEDLES)
-        return statement.format(key=key, value=value), [
-            f"{question.format(key=key)} {value}."
-        ] * times
+        statement, question = (text.format(key=key, value=value) for text in rng.choice(NEEDLES))
+        return statement, [f"{question} {value}."] * times
     if kind < 0.5:
         before = rng.choice(WITH_WORDS)
         before = before.format(words=some_words(), key=key, after=some_words().split()[0])
