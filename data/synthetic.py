@@ -19,7 +19,6 @@ from data.shards import TokenShards
 from data.tokenizer import end_of_text_id, vocab_size
 
 SHORTEST = 512  # tokens of a document, which hold one statement and its question in any tokenizer
-NEAR = 256  # tokens in which the end of a sentence is looked for
 TOKENS_PER_ITEM = 48  # of the document, for each statement, at the densest
 
 PASSKEYS = (
@@ -97,11 +96,6 @@ ASKING = (
     "Tell me about {key}. ", "Which {measure} did the pages before name for {key}? ",
     "What was the {adjective} {subject} {measure} {link} {key}? ", "{opening} {measure} {link} {key}? ",
     "Who knows the {adjective} {measure} {link} {key}, as it was written? ",
-)  # fmt: skip
-# What a question may put after the key, so that the words before the value differ more from the statement's.
-CLAUSES = (
-    "", "", "", " from before", ", as stated above,", " as it stood earlier", " given further up",
-    ", according to these pages,", " noted somewhere in here", " that was written down earlier",
 )  # fmt: skip
 KEY_NOUNS = (
     "acorn almond arrow autumn bakery bamboo banner barrel beetle bishop bonnet bottle bracelet bridge "
@@ -187,55 +181,38 @@ def passkey(rng: random.Random, *_) -> Task:
     return [statement.format(value=value)], [(f"{question} {value}.", 0)]
 
 
-def _fact(
-    rng: random.Random, key: str, value: str, some_words: Words, times: int
-) -> tuple[str, list[str]]:
-    """A statement, and so many questions with its answer: in other words, or after the statement's own.
+def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[str, str]:
+    """A statement, and a question with its answer: in other words, or after the statement's own.
 
     Some statements are any words of the haystack and the value: nothing announces it but that it
     followed them before.
     """
-    kind, questions = rng.random(), []
+    kind = rng.random()
     if kind < 0.15:
-        statement, question = (text.format(key=key, value=value) for text in rng.choice(NEEDLES))
-        return statement, [f"{question} {value}."] * times
-    if kind < 0.5:
+        statement, question = rng.choice(NEEDLES)
+        return statement.format(key=key, value=value), f"{question.format(key=key)} {value}."
+    if kind < 0.65:
         before = rng.choice(WITH_WORDS)
         before = before.format(words=some_words(), key=key, after=some_words().split()[0])
         value = value if rng.random() < 0.75 else some_words()
         statement = f"{before}{rng.choice(AFTER_WORDS)} {value}."
-        for _ in range(times):
-            after = f"{before}{rng.choice(AFTER_WORDS)} {value}."
-            answer = rng.choice((statement, after))
-            questions.append(rng.choice(("", f"{some_words()}? ", f"{some_words()}. ")) + answer)
-        return statement, questions
+        return statement, rng.choice(("", f"{some_words()}? ", f"{some_words()}. ")) + statement
     words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | {"key": key}
     statement = rng.choice(LEADS) + rng.choice(HEADS).format(**words) + f" {value}."
-    for _ in range(times):
-        others, answer = dict(words), statement
-        if rng.random() < 0.7:
-            for slot in ("opening", "adjective", "link", "verb"):
-                others[slot] = rng.choice(SLOTS[slot])
-            head = rng.choice(HEADS)
-            clause = rng.choice(CLAUSES) if "{key}'" not in head and "{key}," not in head else ""
-            answer = f"{head.format(**others | {'key': key + clause})} {value}."
-        questions.append(rng.choice(ASKING).format(**others) + answer)
-    return statement, questions
+    answer = statement
+    if rng.random() < 0.5:
+        words |= {
+            slot: rng.choice(SLOTS[slot]) for slot in ("opening", "adjective", "link", "verb")
+        }
+        answer = rng.choice(HEADS).format(**words) + f" {value}."
+    return statement, rng.choice(ASKING).format(**words) + answer
 
 
 def needle(rng: random.Random, most: int, some_words: Words) -> Task:
-    """Facts in many wordings, of which some are asked for: where there are few, up to eight times each,
-    or a long document would hardly teach to look for what is rare in it."""
-    pairs = _pairs(rng, most)
-    asked = set(rng.sample(range(len(pairs)), rng.randint(1, len(pairs))))
-    times = rng.randint(1, min(8, max(most // 8, 1))) if len(pairs) <= 4 else 1
-    statements, questions = [], []
-    for i, (key, value) in enumerate(pairs.items()):
-        statement, own = _fact(rng, key, value, some_words, times if i in asked else 0)
-        statements.append(statement)
-        questions += [(question, i) for question in own]
-    rng.shuffle(questions)
-    return statements, questions
+    """Facts in many wordings, of which some are asked for."""
+    facts = [_fact(rng, key, value, some_words) for key, value in _pairs(rng, most).items()]
+    asked = rng.sample(range(len(facts)), rng.randint(1, len(facts)))
+    return [statement for statement, _ in facts], [(facts[i][1], i) for i in asked]
 
 
 def recall(rng: random.Random, most: int, _) -> Task:
@@ -354,11 +331,8 @@ class SyntheticLoader:
             ending = self._encode("\n\n" + " ".join(question for question, _ in last))
             room = length - 1 - sum(map(len, inserts)) - len(ending)
             most = max(most // 2, 1)
-        text = self._text(start, room + NEAR)  # of which the first sentence, cut off, is dropped
-        text = text[self._sentence_end(text, 0) :][:room]
+        text = self._text(start, room)
         places = sorted(self._sentence_end(text, rng.randint(0, room)) for _ in statements)
-        if rng.random() < 0.1:
-            places[0] = 0  # the document's first words, where hardly a draw falls
         places += [self._sentence_end(text, rng.randint(places[i], room)) for _, i in early]
         parts, before = [np.array([self.eot_id])], 0
         for i in np.argsort(places, kind="stable"):
@@ -404,5 +378,5 @@ class SyntheticLoader:
 
     def _sentence_end(self, text: np.ndarray, place: int) -> int:
         """The first end of a sentence from `place` on, or `place` where none is near."""
-        near = np.flatnonzero(self._ends_sentence[text[place : place + NEAR]])
+        near = np.flatnonzero(self._ends_sentence[text[place : place + 256]])
         return place + int(near[0]) + 1 if len(near) else place
