@@ -63,12 +63,13 @@ def test_exact_and_deterministic(heads, kv_heads, dim, geometry, lengths):
     dout = torch.randn(sum(lengths), heads, dim, device="cuda", dtype=torch.bfloat16)
     out, indices = nsa_attention(*tensors, cu_seqlens, max(lengths), geometry)
     grads = torch.autograd.grad(out, tensors, dout)
+    read = indices
     if geometry == ALL:
         token = torch.arange(sum(lengths), dtype=torch.int32, device="cuda")
         own = (token - cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]) // 64
         block = torch.arange(48, dtype=torch.int32, device="cuda")
-        indices = block.where(block <= own[:, None], -1).repeat(kv_heads, 1, 1)
-    want, want_grads = twin(tensors, cu_seqlens, max(lengths), geometry, indices, dout)
+        read = block.where(block <= own[:, None], -1).repeat(kv_heads, 1, 1)
+    want, want_grads = twin(tensors, cu_seqlens, max(lengths), geometry, read, dout)
     assert error(out, want) < 5e-3
     names = ("q", "k_cmp", "v_cmp", "k_sel", "v_sel", "k_win", "v_win", "gates")
     for name, g, w in zip(names, grads, want_grads, strict=True):
