@@ -14,6 +14,7 @@ class Batch(NamedTuple):
 
     tokens      int64 [T]
     targets     int64 [T], the token that follows in the same text; NOT_SCORED in padding
+    answers     bool [T], targets that answer a question about text before (data/synthetic.py)
     positions   int64 [T], 0, 1, 2, … from the first token of each document
     cu_seqlens  int32 [N + 1], where each document starts; the last entry is T
     max_seqlen  length of the longest document, in tokens
@@ -23,6 +24,7 @@ class Batch(NamedTuple):
 
     tokens: torch.Tensor
     targets: torch.Tensor
+    answers: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -169,20 +170,27 @@ def _pairs(
     return pairs
 
 
+class Question(NamedTuple):
+    """A text and the answer near its end, which only a reader of statement number `about` can know."""
+
+    text: str
+    answer: str
+    about: int
+
+
 Words = Callable[[], str]  # some words of the haystack, in a row
-# Statements, in their order, and questions: the text, and which statement must come before it.
-Task = tuple[list[str], list[tuple[str, int]]]
+Task = tuple[list[str], list[Question]]  # statements in their order, and questions
 
 
 def passkey(rng: random.Random, *_) -> Task:
     """One number to remember."""
     statement, question = rng.choice(PASSKEYS)
     value = _number(rng)
-    return [statement.format(value=value)], [(f"{question} {value}.", 0)]
+    return [statement.format(value=value)], [Question(f"{question} {value}.", value, 0)]
 
 
-def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[str, str]:
-    """A statement, and a question with its answer: in other words, or after the statement's own.
+def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[str, str, str]:
+    """A statement, a question in other words or with the statement's own, and the answer in it.
 
     Some statements are any words of the haystack and the value: nothing announces it but that it
     followed them before.
@@ -190,13 +198,14 @@ def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[
     kind = rng.random()
     if kind < 0.15:
         statement, question = rng.choice(NEEDLES)
-        return statement.format(key=key, value=value), f"{question.format(key=key)} {value}."
+        return statement.format(key=key, value=value), f"{question.format(key=key)} {value}.", value
     if kind < 0.65:
         before = rng.choice(WITH_WORDS)
         before = before.format(words=some_words(), key=key, after=some_words().split()[0])
         value = value if rng.random() < 0.75 else some_words()
         statement = f"{before}{rng.choice(AFTER_WORDS)} {value}."
-        return statement, rng.choice(("", f"{some_words()}? ", f"{some_words()}. ")) + statement
+        before = rng.choice(("", f"{some_words()}? ", f"{some_words()}. "))
+        return statement, before + statement, value
     words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | {"key": key}
     statement = rng.choice(LEADS) + rng.choice(HEADS).format(**words) + f" {value}."
     answer = statement
@@ -205,21 +214,21 @@ def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[
             slot: rng.choice(SLOTS[slot]) for slot in ("opening", "adjective", "link", "verb")
         }
         answer = rng.choice(HEADS).format(**words) + f" {value}."
-    return statement, rng.choice(ASKING).format(**words) + answer
+    return statement, rng.choice(ASKING).format(**words) + answer, value
 
 
 def needle(rng: random.Random, most: int, some_words: Words) -> Task:
     """Facts in many wordings, of which some are asked for."""
     facts = [_fact(rng, key, value, some_words) for key, value in _pairs(rng, most).items()]
     asked = rng.sample(range(len(facts)), rng.randint(1, len(facts)))
-    return [statement for statement, _ in facts], [(facts[i][1], i) for i in asked]
+    return [statement for statement, *_ in facts], [Question(*facts[i][1:], i) for i in asked]
 
 
 def recall(rng: random.Random, most: int, _) -> Task:
     """Multi-query associative recall (Arora et al. 2023, arXiv:2312.04927): every key is asked for."""
-    statements = [f"{key} -> {value};" for key, value in _pairs(rng, most).items()]
-    asked = rng.sample(range(len(statements)), len(statements))
-    return statements, [(statements[i], i) for i in asked]
+    pairs = _pairs(rng, most).items()
+    facts = [Question(f"{key} -> {value};", value, i) for i, (key, value) in enumerate(pairs)]
+    return [fact.text for fact in facts], rng.sample(facts, len(facts))
 
 
 def variables(rng: random.Random, most: int, _) -> Task:
@@ -236,8 +245,9 @@ def variables(rng: random.Random, most: int, _) -> Task:
             statements.append(f"let {name} be the same as {chain[-1]}.")
             chain.append(name)
     value, chain = rng.choice(chains)
-    question = f"The names that came to be {value}: {', '.join(chain)}."
-    return statements, [(question, len(statements) - 1)]
+    names = ", ".join(chain)
+    question = f"The names that came to be {value}: {names}."
+    return statements, [Question(question, names, len(statements) - 1)]
 
 
 # Each: (rng, greatest number of statements, words of the haystack) -> statements and questions.
@@ -248,6 +258,11 @@ SENTENCES: dict[str, Callable[[random.Random, int, Words], Task]] = {
     "recall": recall,
     "variables": variables,
 }
+
+
+def _unasked(tokens: Sequence[int]) -> np.ndarray:
+    """int64 [2, length]: the tokens, none of which answers a question."""
+    return np.stack([tokens, np.zeros(len(tokens), np.int64)])
 
 
 class SyntheticLoader:
@@ -287,18 +302,19 @@ class SyntheticLoader:
         """Samples first … first + count - 1, as count * seq_len tokens."""
         samples = range(self.skipped + first, self.skipped + first + count)
         documents = [document for sample in samples for document in self.sample(sample)]
-        tokens = np.concatenate([*documents, [self.eot_id]])
-        lengths = np.array([len(document) for document in documents])
+        tokens, asked = np.concatenate([*documents, _unasked([self.eot_id])], 1)
+        lengths = np.array([document.shape[1] for document in documents])
         ends = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
+        arrays = tokens[:-1], tokens[1:].copy(), asked[1:].astype(bool), positions
         return Batch(
-            *map(torch.from_numpy, (tokens[:-1], tokens[1:].copy(), positions)),
-            torch.from_numpy(ends.astype(np.int32)),
+            *map(torch.from_numpy, (*arrays, ends.astype(np.int32))),
             int(lengths.max()),
         )
 
     def sample(self, number: int) -> list[np.ndarray]:
-        """The documents of a sample, int64 each, end-of-text first; seq_len tokens in all.
+        """The documents of a sample, int64 [2, length] each: tokens, end-of-text first, and 1 for those that
+        answer a question; seq_len tokens in all.
 
         One half of the samples are one document; in the other, lengths are spread evenly over the
         powers of two up to the whole sequence.
@@ -327,26 +343,29 @@ class SyntheticLoader:
             last = questions if rng.random() < 0.3 else questions[-1:]
             early = questions[: len(questions) - len(last)]
             inserts = [self._encode(" " + statement) for statement in statements]
-            inserts += [self._encode(f"\n\n{question}\n\n") for question, _ in early]
-            ending = self._encode("\n\n" + " ".join(question for question, _ in last))
-            room = length - 1 - sum(map(len, inserts)) - len(ending)
+            inserts += [self._encode(f"\n\n{q.text}\n\n", q.answer) for q in early]
+            gaps = "\n\n", *[" "] * (len(last) - 1)
+            ending = np.concatenate(
+                [self._encode(gap + q.text, q.answer) for gap, q in zip(gaps, last, strict=True)], 1
+            )
+            room = length - 1 - sum(part.shape[1] for part in [*inserts, ending])
             most = max(most // 2, 1)
         text = self._text(start, room)
         places = sorted(self._sentence_end(text, rng.randint(0, room)) for _ in statements)
-        places += [self._sentence_end(text, rng.randint(places[i], room)) for _, i in early]
-        parts, before = [np.array([self.eot_id])], 0
+        places += [self._sentence_end(text, rng.randint(places[q.about], room)) for q in early]
+        parts, before = [_unasked([self.eot_id])], 0
         for i in np.argsort(places, kind="stable"):
-            parts += [text[before : places[i]], inserts[i]]
+            parts += [_unasked(text[before : places[i]]), inserts[i]]
             before = places[i]
-        return np.concatenate([*parts, text[before:], ending])
+        return np.concatenate([*parts, _unasked(text[before:]), ending], 1)
 
     def _copy(self, rng: random.Random, start: int, length: int) -> np.ndarray:
         """A passage, some text between, and the passage again."""
-        again = self._encode(rng.choice(COPY))
+        again = self._encode(rng.choice(COPY))[0]
         room = length - 1 - len(again)
         size = rng.randint(room // 8, room // 2)
         text = self._text(start, room - size)
-        return np.concatenate([[self.eot_id], text, again, text[:size]])
+        return _unasked(np.concatenate([[self.eot_id], text, again, text[:size]]))
 
     def _some_words(self, rng: random.Random) -> str:
         """Three to twelve words of the haystack in a row, or as many as 24 tokens hold, in one half of the
@@ -355,8 +374,15 @@ class SyntheticLoader:
         words = re.findall(r"[^\W\d_]+", text) if rng.random() < 0.5 else text.split()
         return " ".join(words[1 : 1 + rng.randint(3, 12)]) or "there"
 
-    def _encode(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids)
+    def _encode(self, text: str, answer: str | None = None) -> np.ndarray:
+        """int64 [2, length]: the text's tokens, and 1 for those of the answer, in its last place."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        found = _unasked(encoding.ids)
+        if answer is not None:
+            first = text.rindex(answer)
+            end = first + len(answer)
+            found[1] = [start < end and stop > first for start, stop in encoding.offsets]
+        return found
 
     def _text(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from `start` on, without ends of text; the file's end meets its start."""

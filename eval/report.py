@@ -272,6 +272,7 @@ def _training(run: Run) -> str:
     ]
     details = [
         line_chart("Learning rate", [Series("", of("lr"))]),
+        line_chart("Loss on answers of tasks (nats per token)", _smoothed(of("answer_loss"))),
         line_chart("Gradient norm", _smoothed(of("grad_norm")), log=True),
         line_chart("Tokens per second", _smoothed(of("tokens_per_s"))),
         line_chart("MFU (share of the card's peak)", _smoothed(of("mfu"))),

@@ -13,18 +13,20 @@ from kernels.launch import launch, next_power_of_2
 COLUMNS = 4096  # of a row that one program holds at a time
 
 
-def cross_entropy_(logits, targets, rows: int, z_loss: float, softcap: float, ignored: int):
-    """Turn logits [R, vocab] into the gradient of sum(nll + z_loss * lse^2) / rows, in place.
+def cross_entropy_(
+    logits, targets, weights, rows: int, z_loss: float, softcap: float, ignored: int
+):
+    """Turn logits [R, vocab] into the gradient of sum(weights * nll + z_loss * lse^2) / rows, in place.
 
-    targets int64 [R], `ignored` where a row is not scored: its gradient is zero. Arithmetic is
-    fp32. Returns nll and lse^2 of every row, fp32 [R], zero where not scored. With softcap > 0 the
-    logits are squashed to softcap * tanh(logits / softcap) first.
+    targets int64 [R], `ignored` where a row is not scored: its gradient is zero. weights fp32 [R].
+    Arithmetic is fp32. Returns nll and lse^2 of every row, fp32 [R], zero where not scored. With
+    softcap > 0 the logits are squashed to softcap * tanh(logits / softcap) first.
     """
     nll, z = torch.zeros(2, len(logits), dtype=torch.float32, device=logits.device).unbind()
     if len(logits):
         launch(
             _kernel, (len(logits),),
-            logits, targets, nll, z, logits.shape[1], rows, z_loss, softcap, ignored,
+            logits, targets, weights, nll, z, logits.shape[1], rows, z_loss, softcap, ignored,
             SOFTCAP=softcap > 0,
             COLUMNS=min(COLUMNS, next_power_of_2(logits.shape[1])), num_warps=8,
         )  # fmt: skip
@@ -43,7 +45,7 @@ def _load(row, column, vocab, fill, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _kernel(
-    logits, targets, nll, z, vocab, rows, z_loss, softcap, ignored,
+    logits, targets, weights, nll, z, vocab, rows, z_loss, softcap, ignored,
     SOFTCAP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -59,6 +61,7 @@ def _kernel(
             total = total * tl.exp(peak - new_peak) + tl.sum(tl.exp(x - new_peak), 0)
             peak = new_peak
         lse = peak + tl.log(total)
+        weight = tl.load(weights + row)
         own = _load(logits, target + tl.arange(0, 1), vocab, 0.0, softcap, SOFTCAP)
         tl.store(nll + row + tl.arange(0, 1), lse - own)
         tl.store(z + row, lse * lse)
@@ -67,8 +70,8 @@ def _kernel(
         for first in range(0, vocab, COLUMNS):
             column = first + lane
             x = _load(logits, column, vocab, 0.0, softcap, SOFTCAP)
-            grad = tl.exp(x - lse) * (1.0 + 2.0 * z_loss * lse)
-            grad = tl.where(column == target, grad - 1.0, grad) / rows
+            grad = tl.exp(x - lse) * (weight + 2.0 * z_loss * lse)
+            grad = tl.where(column == target, grad - weight, grad) / rows
             if SOFTCAP:
                 grad *= 1.0 - (x / softcap) * (x / softcap)
             tl.store(logits + column, grad.to(logits.dtype.element_ty), mask=column < vocab)

@@ -14,50 +14,58 @@ CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 22}
 
 
 class Loss(NamedTuple):
-    """objective: the scalar to minimise. nll_sum, z_sum, count: fp32 sums over scored positions.
-    lesson: what the objective holds of the attentions' own, weighed."""
+    """objective: the scalar to minimise. nll_sum, z_sum, count: fp32 sums over scored positions;
+    answer_nll, answer_count: over the answers among them. lesson: what the objective holds of the
+    attentions' own, weighed."""
 
     objective: Tensor
     nll_sum: Tensor
     z_sum: Tensor
     count: Tensor
+    answer_nll: Tensor
+    answer_count: Tensor
     lesson: Tensor
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients along with the loss, a chunk of rows at a time.
 
-    With z = softcap(h W^T), L = logsumexp(z):  dL_row/dz = softmax(z) - onehot + 2 w_z L softmax(z).
+    With z = softcap(h W^T), L = logsumexp(z) and w the row's weight, d objective_row / dz is
+    w (softmax(z) - onehot) + 2 z_loss L softmax(z).
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, z_loss, softcap):
+    def forward(ctx, hidden, weight, targets, answers, answer_weight, z_loss, softcap):
         rows, vocab = hidden.shape[0], weight.shape[0]
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dhidden = torch.empty_like(hidden) if need_grad else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dweight = torch.zeros_like(weight, dtype=wide) if need_grad else None
-        nll_sum, z_sum = hidden.new_zeros(2, dtype=wide).unbind()
+        nll_sum, answer_nll, z_sum = hidden.new_zeros(3, dtype=wide).unbind()
+        weights = 1 + (answer_weight - 1) * answers.to(wide)
         step = max(CHUNK_LOGITS.get(hidden.device.type, 1 << 22) // vocab, 1)
         for start in range(0, rows, step):
             h, target = hidden[start : start + step], targets[start : start + step]
             logits = h @ weight.T
-            nll, z, grad = _backend(logits)(logits, target, rows, z_loss, softcap, need_grad)
+            nll, z, grad = _backend(logits)(
+                logits, target, weights[start : start + step], rows, z_loss, softcap, need_grad
+            )
             nll_sum += nll.sum()
+            answer_nll += (nll * answers[start : start + step]).sum()
             z_sum += z.sum()
             if need_grad:
                 dhidden[start : start + step] = grad @ weight
                 dweight += grad.T @ h
             del logits, grad  # before the next chunk's are made
         ctx.save_for_backward(dhidden, dweight if dweight is None else dweight.to(weight.dtype))
-        objective = (nll_sum + z_loss * z_sum) / rows
-        ctx.mark_non_differentiable(nll_sum, z_sum)
-        return objective, nll_sum, z_sum
+        objective = (nll_sum + (answer_weight - 1) * answer_nll + z_loss * z_sum) / rows
+        ctx.mark_non_differentiable(nll_sum, answer_nll, z_sum)
+        return objective, nll_sum, answer_nll, z_sum
 
     @staticmethod
     def backward(ctx, grad, *_):
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * grad.to(dhidden.dtype), dweight * grad.to(dweight.dtype), None, None, None
+        return dhidden * grad.to(dhidden.dtype), dweight * grad.to(dweight.dtype), *[None] * 5
 
 
 def _backend(logits: Tensor):
@@ -69,7 +77,9 @@ def _backend(logits: Tensor):
     return lambda *args: (*cross_entropy_(*args[:-1], IGNORED), logits)
 
 
-def _cross_entropy(logits, targets, rows: int, z_loss: float, softcap: float, need_grad: bool):
+def _cross_entropy(
+    logits, targets, weights, rows: int, z_loss: float, softcap: float, need_grad: bool
+):
     """What kernels/cross_entropy.py does, in plain torch; fp32 inside."""
     dtype = logits.dtype
     logits = logits.to(torch.promote_types(dtype, torch.float32))
@@ -84,8 +94,8 @@ def _cross_entropy(logits, targets, rows: int, z_loss: float, softcap: float, ne
     if not need_grad:
         return nll, z, None
     grad = logits.sub_(lse[:, None]).exp_()  # softmax
-    grad.mul_((1 + 2 * z_loss * lse)[:, None])
-    grad.scatter_add_(1, target, grad.new_full((1, 1), -1.0).expand_as(target))
+    grad.mul_((weights + 2 * z_loss * lse)[:, None])
+    grad.scatter_add_(1, target, -weights.to(grad.dtype)[:, None])
     grad.mul_((scored.to(grad.dtype) / rows)[:, None])
     if softcap:
         grad.mul_(1 - squashed.square_())
@@ -93,15 +103,27 @@ def _cross_entropy(logits, targets, rows: int, z_loss: float, softcap: float, ne
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0, softcap: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    answers: Tensor | None = None,
+    answer_weight: float = 1.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
 ) -> Loss:
     """Next-token loss of hidden [T, dim] under the output matrix weight [vocab, dim].
 
-    targets int64 [T], IGNORED where not scored. softcap > 0 squashes logits to
+    targets int64 [T], IGNORED where not scored; answers bool [T], scored targets that count
+    answer_weight times in the objective, and once in the sums. softcap > 0 squashes logits to
     softcap * tanh(logits / softcap); z_loss weighs the squared log-normaliser (arXiv 2204.02311).
-    The objective divides by all T positions, not by the scored ones: the gradient of a batch is then
-    the same however it is cut into micro-batches and ranks.
+    The objective divides by all T positions, not by the scored ones or their weights: the gradient
+    of a batch is then the same however it is cut into micro-batches and ranks.
     """
-    objective, nll_sum, z_sum = _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, softcap)
-    count = (targets != IGNORED).sum().float()
-    return Loss(objective, nll_sum, z_sum, count, lesson=torch.zeros_like(nll_sum))
+    if answers is None:
+        answers = torch.zeros_like(targets, dtype=torch.bool)
+    objective, nll_sum, answer_nll, z_sum = _LinearCrossEntropy.apply(
+        hidden, weight, targets, answers, answer_weight, z_loss, softcap
+    )
+    count, answer_count = (targets != IGNORED).sum().float(), answers.sum().float()
+    no_lesson = torch.zeros_like(nll_sum)
+    return Loss(objective, nll_sum, z_sum, count, answer_nll, answer_count, no_lesson)

@@ -105,7 +105,8 @@ def random_batch(run: RunConfig, device: torch.device) -> Batch:
     tokens = torch.randint(vocabulary, (count * length + 1,), device=device)
     positions = torch.arange(length, device=device).repeat(count)
     cu_seqlens = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
-    return Batch(tokens[:-1], tokens[1:], positions, cu_seqlens, length)
+    answers = torch.zeros_like(positions, dtype=torch.bool)
+    return Batch(tokens[:-1], tokens[1:], answers, positions, cu_seqlens, length)
 
 
 def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> dict:
@@ -150,11 +151,12 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
 
     first = timed(step)
     timed(step)
-    seconds = sorted(timed(step) for _ in range(steps))[steps // 2]
+    times = [timed(step) for _ in range(steps)]
+    seconds = sorted(times)[steps // 2]
     rate = run.train.batch_tokens / seconds
     result = {
         "parameters": count, "tokens_per_step": run.train.batch_tokens, "first_step_s": first,
-        "step_s": seconds, "tokens_per_s": rate, "overrides": overrides,
+        "step_s": seconds, "steps_s": times, "tokens_per_s": rate, "overrides": overrides,
         "mfu": rate * flops / peak if (peak := peak_flops(device)) else None,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
     }  # fmt: skip

@@ -32,6 +32,7 @@ SECTIONS = {
         "Training loss (nats per token)": ["loss"],
         "Validation loss (nats per token)": ["val/loss"],
         "Validation (bits per byte)": ["val/bpb"],
+        "Loss on answers of tasks (nats per token)": ["answer_loss"],
         "z-loss": ["z_loss"],
         "Gradient norm": ["grad_norm"],
         "Update norm": ["update_norm"],
@@ -57,7 +58,7 @@ SECTIONS = {
         "Share taken always": ["selection/forced"],
     },
 }  # fmt: skip
-OPTIONAL = {"z_loss", "mfu", "memory_gb"}  # with a z-loss; on a GPU
+OPTIONAL = {"answer_loss", "z_loss", "mfu", "memory_gb"}  # with tasks; with a z-loss; on a GPU
 HEATMAPS = "needle"  # the name under which needle grids log them
 
 

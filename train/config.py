@@ -34,6 +34,7 @@ class TrainConfig:
     compile: bool
     cuda_graphs: bool
     activation_checkpointing: Literal["none", "full", "selective"]
+    answer_weight: float
     grad_clip: float
     spike_sigma: float
     max_skipped: int
@@ -55,6 +56,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name}={getattr(self, name)}; it must be at least 1.")
         if self.dense_until < 0:
             raise ValueError(f"train.dense_until={self.dense_until}; it must be at least 0.")
+        if not self.answer_weight > 0:
+            raise ValueError(f"train.answer_weight={self.answer_weight}; it must be above 0.")
 
 
 @dataclass(frozen=True)

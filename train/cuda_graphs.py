@@ -32,25 +32,30 @@ class CapturedPasses:
         self.longest = longest
         self.graphs.clear()
 
-    def __call__(self, *inputs, targets: Tensor | None = None) -> Tensor | Loss:
+    def __call__(
+        self, *inputs, targets: Tensor | None = None, answers: Tensor | None = None
+    ) -> Tensor | Loss:
         """As Decoder.forward; the sums of the loss carry no gradient."""
         if targets is None or not (self.model.training and torch.is_grad_enabled()):
-            return self.eager(*inputs, targets)
+            return self.eager(*inputs, targets, answers)
         tokens, positions, cu_seqlens, _ = inputs
         documents = len(cu_seqlens) - 1
         if documents > 1:  # a single one has kernels of its own
             documents = max(FEWEST_DOCUMENTS, 1 << (documents - 1).bit_length())
         room = documents + 1 - len(cu_seqlens)
-        inputs = tokens, positions, F.pad(cu_seqlens, (0, room), value=len(tokens)), targets
+        if answers is None:
+            answers = torch.zeros_like(targets, dtype=torch.bool)
+        borders = F.pad(cu_seqlens, (0, room), value=len(tokens))
+        inputs = tokens, positions, borders, targets, answers
         key = len(tokens), documents
         if key not in self.graphs:
             pool = next(iter(self.graphs.values())).graph.pool() if self.graphs else None
             self.graphs[key] = PassGraph(self.model, self._run, inputs, pool)
         return Loss(*self.graphs[key](inputs))
 
-    def _run(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, targets: Tensor) -> Loss:
+    def _run(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, *scored: Tensor) -> Loss:
         torch._dynamo.maybe_mark_dynamic(cu_seqlens, 0)
-        return self.eager(tokens, positions, cu_seqlens, self.longest, targets)
+        return self.eager(tokens, positions, cu_seqlens, self.longest, *scored)
 
 
 class PassGraph:

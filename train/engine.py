@@ -47,9 +47,8 @@ class Ranks:
         """This rank's stretch of the tokens; document borders stay those of the whole."""
         length = len(batch.tokens) // self.sequence
         own = slice(self.rank % self.sequence * length, (self.rank % self.sequence + 1) * length)
-        return batch._replace(
-            tokens=batch.tokens[own], targets=batch.targets[own], positions=batch.positions[own]
-        )
+        names = ("tokens", "targets", "answers", "positions")
+        return batch._replace(**{name: getattr(batch, name)[own] for name in names})
 
     def sequence_group(self) -> dist.ProcessGroup | None:
         """The ranks that share this rank's sequences; None if it has them alone. All ranks call it."""
@@ -135,6 +134,7 @@ class Engine:
 
         stage, device = run.parallel.zero_stage, ranks.device
         model.recompute(run.train.activation_checkpointing)
+        model.answer_weight = run.train.answer_weight
         self.sequence_group = ranks.sequence_group()
         if self.sequence_group:
             model.share_sequences(self.sequence_group)
@@ -171,7 +171,7 @@ class Engine:
         """The loss of a batch; training or evaluation, as last said by train()."""
         torch._dynamo.maybe_mark_dynamic(batch.cu_seqlens, 0)  # the number of documents varies
         inputs = batch.tokens, batch.positions, batch.cu_seqlens, batch.max_seqlen
-        return self.deepspeed(*inputs, targets=batch.targets)
+        return self.deepspeed(*inputs, targets=batch.targets, answers=batch.answers)
 
     def train(self, on: bool = True) -> None:
         self.deepspeed.train(on)

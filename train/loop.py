@@ -24,7 +24,7 @@ from data.tokenizer import end_of_text_id, load_tokenizer, token_bytes, vocab_si
 from eval.in_training import check_needle_in_training, needle_in_training
 from model.build import build_decoder
 from model.checkpoint import init_from
-from model.loss import IGNORED
+from model.loss import IGNORED, Loss
 from model.probe import NSAProbe
 from train.checkpoint import (
     Checkpoints,
@@ -177,7 +177,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
         # The rate at the middle of the step's tokens, so that the first step already moves.
         lr = run.lr(state.tokens + length.batch_tokens / 2)
         engine.set_lr(lr)
-        sums, flops = torch.zeros(4, device=device), 0.0
+        sums, flops = torch.zeros(len(Loss._fields) - 1, device=device), 0.0
         for i in range(accumulation):
             if stop.agreed():
                 break
@@ -187,7 +187,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             loss = engine(batch)
             watch.lap("forward")
             engine.backward(loss)
-            sums += torch.stack([loss.nll_sum, loss.z_sum, loss.count, loss.lesson])
+            sums += torch.stack(loss[1:])
             loss = None  # and the graph behind it, before the next is made
             if peak:  # counted while the device works
                 flops += model.flops(documents.tolist()) / ranks.sequence
@@ -203,7 +203,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
                 ),
                 measure=(state.step + 1) % run.log.every == 0 or state.step + 1 == run.num_steps,
             )
-            mean, (_, z_sum, count, lesson) = _mean(sums), sums.tolist()
+            mean, (_, z_sum, count, answer_nll, answers, lesson) = _mean(sums), sums.tolist()
             watch.lap("optimizer")
             seconds = watch.stop()
             state.step += 1
@@ -227,6 +227,8 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             }  # fmt: skip
             if model.z_loss:
                 metrics["z_loss"] = model.z_loss * z_sum / count
+            if answers:
+                metrics["answer_loss"] = answer_nll / answers
             if lesson:
                 metrics["selection_kl"] = lesson / (accumulation * ranks.world_size)
             if step.update_norm is not None:
@@ -256,7 +258,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
 
 def _mean(sums: torch.Tensor) -> float:
     """The loss of a step, in nats per token."""
-    nll, _, count, _ = sums.tolist()
+    nll, _, count, *_ = sums.tolist()
     return nll / count if count else math.nan
 
 

@@ -21,7 +21,7 @@ def loader_of(lengths, seq_len=16, seed=0):
 
 
 def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a[:4], b[:4], strict=True)) and a[4] == b[4]
+    return all(torch.equal(x, y) for x, y in zip(a[:5], b[:5], strict=True)) and a[5] == b[5]
 
 
 @given(QUOTAS)

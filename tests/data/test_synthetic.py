@@ -14,6 +14,7 @@ from data.synthetic import (
     KEY_NOUNS,
     SENTENCES,
     SHORTEST,
+    Question,
     SyntheticLoader,
     made_up_name,
 )
@@ -161,7 +162,7 @@ def test_no_question_stands_before_its_statement(loader, tokenizer, monkeypatch)
     numbers = range(5)
 
     def task(*_):
-        questions = [(f"Asked: {i}!", i) for i in numbers for _ in range(3)]
+        questions = [Question(f"Asked: {i}!", str(i), i) for i in numbers for _ in range(3)]
         return [f"Stated: {i}." for i in numbers], questions[::-1]
 
     monkeypatch.setitem(SENTENCES, "needle", task)
@@ -169,6 +170,31 @@ def test_no_question_stands_before_its_statement(loader, tokenizer, monkeypatch)
         for i in numbers:
             assert text.count(f"Asked: {i}!") == 3
             assert 0 <= text.find(f"Stated: {i}.") < text.find(f"Asked: {i}!")
+
+
+ASKED = {  # task: what the end of a document looks like, its answer as a group
+    "passkey": r"[^\n]* (\d+)\.",
+    "recall": r".* -> (\d+);",
+    "variables": r"The names that came to be \d+: (.*)\.",
+}
+
+
+@pytest.mark.parametrize("task", ASKED)
+def test_the_answers_are_marked(loader, tokenizer, task):
+    batch = loader([task], seq_len=2048).batch(0, 30)
+    places = (batch.cu_seqlens[1:] - 2).tolist()  # the last target but the end of text
+    for start, end in zip(batch.cu_seqlens.tolist(), places, strict=False):
+        marked = batch.answers[start:end]
+        text = tokenizer.decode(batch.targets[start : end + 1].tolist())
+        answer = re.fullmatch(ASKED[task], text.rsplit("\n\n", 1)[1]).group(1)
+        last = len(marked) - int(marked.flip(0).byte().argmax())
+        first = last - int((~marked[:last]).flip(0).byte().argmax())
+        assert (
+            tokenizer.decode(batch.targets[start + first : start + last].tolist()).strip() == answer
+        )
+        if task != "recall":
+            assert marked.sum() == last - first  # and nothing else is
+    assert not loader(["copy"]).batch(0, 5).answers.any()
 
 
 def test_much_is_asked_and_half_of_the_samples_are_one_document(loader, tokenizer):

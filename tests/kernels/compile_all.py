@@ -115,7 +115,8 @@ def around():
     short_conv_triton.forward(x, weight, positions)
     short_conv_triton.backward(x, x, weight, positions)
     short_conv_triton.step(bf16(2, 128), weight, bf16(2, 3, 128), lengths)
-    cross_entropy.cross_entropy_(bf16(TOKENS, 512), positions, TOKENS, 1e-4, 0.0, -100)
+    weights = torch.ones(TOKENS)
+    cross_entropy.cross_entropy_(bf16(TOKENS, 512), positions, weights, TOKENS, 1e-4, 0.0, -100)
 
 
 triton_functions = ops._triton()

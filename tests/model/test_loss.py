@@ -17,18 +17,33 @@ def test_equals_cross_entropy_with_gradients(monkeypatch, z_loss, softcap):
     targets = torch.randint(11, (31,))
     targets[[0, 9, 30]] = IGNORED
 
-    got = linear_cross_entropy(hidden, weight, targets, z_loss, softcap)
+    answers = torch.zeros(31, dtype=torch.bool)
+    answers[[1, 7, 8, 29]] = True
+
+    got = linear_cross_entropy(hidden, weight, targets, answers, 5.0, z_loss, softcap)
     grads = torch.autograd.grad(3.0 * got.objective, (hidden, weight))
 
     logits = hidden @ weight.T
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
-    nll = F.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED)
+    nll = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
     z = (logits.logsumexp(1).square() * (targets != IGNORED)).sum()
-    objective = (nll + z_loss * z) / 31
+    objective = (nll.sum() + 4 * nll[answers].sum() + z_loss * z) / 31
     expected = torch.autograd.grad(3.0 * objective, (hidden, weight))
 
     torch.testing.assert_close(got.objective, objective)
-    torch.testing.assert_close((got.nll_sum, got.z_sum), (nll, z))
-    assert got.count == 28
+    sums = got.nll_sum, got.answer_nll, got.z_sum
+    torch.testing.assert_close(sums, (nll.sum(), nll[answers].sum(), z))
+    assert got.count == 28 and got.answer_count == 4
     torch.testing.assert_close(grads, expected)
+
+
+def test_answers_that_weigh_one_leave_the_objective_as_it_is():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(31, 6, requires_grad=True), torch.randn(11, 6)
+    targets, answers = torch.randint(11, (31,)), torch.arange(31) % 3 == 0
+    plain = linear_cross_entropy(hidden, weight, targets)
+    marked = linear_cross_entropy(hidden, weight, targets, answers)
+    assert torch.equal(plain.objective, marked.objective) and plain.answer_count == 0
+    grads = [torch.autograd.grad(loss.objective, hidden)[0] for loss in (plain, marked)]
+    assert torch.equal(*grads)

@@ -18,13 +18,16 @@ def batch(lengths: list[int], seed: int, device: str) -> Batch:
     tokens = torch.randint(1, 512, (sum(lengths) + 1,), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Batch(tokens[:-1], tokens[1:], positions, borders, max(lengths)).to(device)
+    answers = torch.arange(len(positions)) % 3 == 0
+    return Batch(tokens[:-1], tokens[1:], answers, positions, borders, max(lengths)).to(device)
 
 
 def build(attention: str) -> Decoder:
     raw = config("device=cpu", f"attention={attention}", "model.head_dim=64", "model.kv_conv=4")
     torch.manual_seed(0)
-    return build_decoder(raw["model"], raw["attention"], 512)
+    model = build_decoder(raw["model"], raw["attention"], 512)
+    model.answer_weight = 4.0
+    return model
 
 
 def passes(model: Decoder, parts: list[Batch]) -> list[tuple]:
@@ -34,7 +37,7 @@ def passes(model: Decoder, parts: list[Batch]) -> list[tuple]:
     for part in parts:
         model.zero_grad()
         inputs = part.tokens, part.positions, part.cu_seqlens, part.max_seqlen
-        loss = model(*inputs, targets=part.targets)
+        loss = model(*inputs, targets=part.targets, answers=part.answers)
         (loss.objective / 2).backward()
         found.append((loss, {n: p.grad.float() for n, p in model.named_parameters()}))
     return found

@@ -239,3 +239,18 @@ def test_scoring_on_the_way_disturbs_nothing(outputs):
         stem = outputs / "scored" / "eval" / "needle" / f"step_{step:08d}"
         assert json.loads(stem.with_suffix(".json").read_text())["step"] == step
         assert stem.with_suffix(".png").exists()
+
+
+def test_answers_weigh_more_on_any_ranks_and_in_the_objective_alone(outputs):
+    how = ["~data.path", "~data.validation", "data=novels_and_tasks", "train.seq_len=512", "train.micro_batch_tokens=512"]
+    how += ["data.weights.tasks=0.8", "data.sources.tasks.tasks=[recall]", "train.max_steps=3"]
+    for name, weight, ranks in (("once", 1, {}), ("more", 20, {}), ("shared", 20, {"world_size": 2})):
+        more = ["parallel.sequence=2"] if ranks else []
+        pretrain(outputs, f"name={name}", f"train.answer_weight={weight}", *more, *how, **ranks)
+    once, more = (
+        [m for m in metrics(outputs / name) if "loss" in m] for name in ("once", "more")
+    )
+    assert more[0]["loss"] == once[0]["loss"] and more[0]["answer_loss"] == once[0]["answer_loss"]
+    assert more[0]["grad_norm"] > 1.5 * once[0]["grad_norm"]
+    assert more[2]["answer_loss"] < once[2]["answer_loss"]
+    same_curve(outputs / "more", outputs / "shared", rel=1e-5)
