@@ -171,7 +171,7 @@ def _pairs(
 
 
 class Question(NamedTuple):
-    """A text and the answer near its end, which only a reader of statement number `about` can know."""
+    """A text, the answer in it, and the number of the statement that must come before it."""
 
     text: str
     answer: str
@@ -189,8 +189,10 @@ def passkey(rng: random.Random, *_) -> Task:
     return [statement.format(value=value)], [Question(f"{question} {value}.", value, 0)]
 
 
-def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[str, str, str]:
-    """A statement, a question in other words or with the statement's own, and the answer in it.
+def _fact(
+    rng: random.Random, number: int, key: str, value: str, some_words: Words
+) -> tuple[str, Question]:
+    """Statement `number`, and a question: in other words, or after the statement's own.
 
     Some statements are any words of the haystack and the value: nothing announces it but that it
     followed them before.
@@ -198,14 +200,15 @@ def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[
     kind = rng.random()
     if kind < 0.15:
         statement, question = rng.choice(NEEDLES)
-        return statement.format(key=key, value=value), f"{question.format(key=key)} {value}.", value
+        text = f"{question.format(key=key)} {value}."
+        return statement.format(key=key, value=value), Question(text, value, number)
     if kind < 0.65:
         before = rng.choice(WITH_WORDS)
         before = before.format(words=some_words(), key=key, after=some_words().split()[0])
         value = value if rng.random() < 0.75 else some_words()
         statement = f"{before}{rng.choice(AFTER_WORDS)} {value}."
-        before = rng.choice(("", f"{some_words()}? ", f"{some_words()}. "))
-        return statement, before + statement, value
+        lead = rng.choice(("", f"{some_words()}? ", f"{some_words()}. "))
+        return statement, Question(lead + statement, value, number)
     words = {slot: rng.choice(choices) for slot, choices in SLOTS.items()} | {"key": key}
     statement = rng.choice(LEADS) + rng.choice(HEADS).format(**words) + f" {value}."
     answer = statement
@@ -214,14 +217,16 @@ def _fact(rng: random.Random, key: str, value: str, some_words: Words) -> tuple[
             slot: rng.choice(SLOTS[slot]) for slot in ("opening", "adjective", "link", "verb")
         }
         answer = rng.choice(HEADS).format(**words) + f" {value}."
-    return statement, rng.choice(ASKING).format(**words) + answer, value
+    return statement, Question(rng.choice(ASKING).format(**words) + answer, value, number)
 
 
 def needle(rng: random.Random, most: int, some_words: Words) -> Task:
     """Facts in many wordings, of which some are asked for."""
-    facts = [_fact(rng, key, value, some_words) for key, value in _pairs(rng, most).items()]
-    asked = rng.sample(range(len(facts)), rng.randint(1, len(facts)))
-    return [statement for statement, *_ in facts], [Question(*facts[i][1:], i) for i in asked]
+    pairs = enumerate(_pairs(rng, most).items())
+    statements, questions = zip(
+        *(_fact(rng, i, *pair, some_words) for i, pair in pairs), strict=True
+    )
+    return list(statements), rng.sample(questions, rng.randint(1, len(questions)))
 
 
 def recall(rng: random.Random, most: int, _) -> Task:
@@ -375,12 +380,16 @@ class SyntheticLoader:
         return " ".join(words[1 : 1 + rng.randint(3, 12)]) or "there"
 
     def _encode(self, text: str, answer: str | None = None) -> np.ndarray:
-        """int64 [2, length]: the text's tokens, and 1 for those of the answer, in its last place."""
+        """int64 [2, length]: the text's tokens, and 1 for those of the answer, in its last place.
+
+        The space before it belongs to it: where it is a token of its own, saying it instead of
+        something else is what decides.
+        """
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         found = _unasked(encoding.ids)
         if answer is not None:
-            first = text.rindex(answer)
-            end = first + len(answer)
+            first = text.rindex(f" {answer}")
+            end = first + 1 + len(answer)
             found[1] = [start < end and stop > first for start, stop in encoding.offsets]
         return found
 

@@ -195,15 +195,8 @@ class Decoder(nn.Module):
         x, lesson = self.run(tokens, positions, cu_seqlens, max_seqlen)
         if targets is None:
             return self.logits(x)
-        loss = linear_cross_entropy(
-            x,
-            self.output_weight,
-            targets,
-            answers,
-            self.answer_weight,
-            self.z_loss,
-            self.logit_softcap,
-        )
+        head = self.output_weight, targets, self.z_loss, self.logit_softcap
+        loss = linear_cross_entropy(x, *head, answers, self.answer_weight)
         if lesson is None:
             return loss
         return loss._replace(objective=loss.objective + lesson, lesson=lesson.detach())

@@ -35,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, answers, answer_weight, z_loss, softcap):
+    def forward(ctx, hidden, weight, targets, z_loss, softcap, answers, answer_weight):
         rows, vocab = hidden.shape[0], weight.shape[0]
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dhidden = torch.empty_like(hidden) if need_grad else None
@@ -106,23 +106,24 @@ def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    answers: Tensor | None = None,
-    answer_weight: float = 1.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
+    answers: Tensor | None = None,
+    answer_weight: float = 1.0,
 ) -> Loss:
     """Next-token loss of hidden [T, dim] under the output matrix weight [vocab, dim].
 
-    targets int64 [T], IGNORED where not scored; answers bool [T], scored targets that count
-    answer_weight times in the objective, and once in the sums. softcap > 0 squashes logits to
+    targets int64 [T], IGNORED where not scored. softcap > 0 squashes logits to
     softcap * tanh(logits / softcap); z_loss weighs the squared log-normaliser (arXiv 2204.02311).
+    answers bool [T] are scored targets that count answer_weight times in the objective, and once in
+    the sums.
     The objective divides by all T positions, not by the scored ones or their weights: the gradient
     of a batch is then the same however it is cut into micro-batches and ranks.
     """
     if answers is None:
         answers = torch.zeros_like(targets, dtype=torch.bool)
     objective, nll_sum, answer_nll, z_sum = _LinearCrossEntropy.apply(
-        hidden, weight, targets, answers, answer_weight, z_loss, softcap
+        hidden, weight, targets, z_loss, softcap, answers, answer_weight
     )
     count, answer_count = (targets != IGNORED).sum().float(), answers.sum().float()
     no_lesson = torch.zeros_like(nll_sum)

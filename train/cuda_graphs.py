@@ -16,7 +16,8 @@ FEWEST_DOCUMENTS = 16  # that a graph of several documents has room for
 
 
 class CapturedPasses:
-    """Takes the place of Decoder.forward: in training, with targets, forward and backward are replayed.
+    """Takes the place of Decoder.forward: in training, with targets and answers, forward and backward
+    are replayed.
 
     A graph is captured for each number of tokens and of documents, which empty ones round up to a
     power of two; documents may have up to begin_stage's length. The last bits of a loss depend on
@@ -43,8 +44,6 @@ class CapturedPasses:
         if documents > 1:  # a single one has kernels of its own
             documents = max(FEWEST_DOCUMENTS, 1 << (documents - 1).bit_length())
         room = documents + 1 - len(cu_seqlens)
-        if answers is None:
-            answers = torch.zeros_like(targets, dtype=torch.bool)
         borders = F.pad(cu_seqlens, (0, room), value=len(tokens))
         inputs = tokens, positions, borders, targets, answers
         key = len(tokens), documents

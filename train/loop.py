@@ -203,7 +203,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
                 ),
                 measure=(state.step + 1) % run.log.every == 0 or state.step + 1 == run.num_steps,
             )
-            mean, (_, z_sum, count, answer_nll, answers, lesson) = _mean(sums), sums.tolist()
+            mean, (_, z_sum, count, answer_nll, answer_count, lesson) = _mean(sums), sums.tolist()
             watch.lap("optimizer")
             seconds = watch.stop()
             state.step += 1
@@ -227,8 +227,8 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
             }  # fmt: skip
             if model.z_loss:
                 metrics["z_loss"] = model.z_loss * z_sum / count
-            if answers:
-                metrics["answer_loss"] = answer_nll / answers
+            if answer_count:
+                metrics["answer_loss"] = answer_nll / answer_count
             if lesson:
                 metrics["selection_kl"] = lesson / (accumulation * ranks.world_size)
             if step.update_norm is not None:

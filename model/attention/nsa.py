@@ -105,7 +105,7 @@ class NSAAttention(Attention):
         num_local: int = 2,
         compression: str = "gated_mean",
         selection_kl: float = 0.0,
-        taught_queries: int = 1024,
+        taught_queries: int = 256,
         **shared,
     ):
         super().__init__(dim, **shared)

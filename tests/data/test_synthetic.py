@@ -172,28 +172,46 @@ def test_no_question_stands_before_its_statement(loader, tokenizer, monkeypatch)
             assert 0 <= text.find(f"Stated: {i}.") < text.find(f"Asked: {i}!")
 
 
-ASKED = {  # task: what the end of a document looks like, its answer as a group
-    "passkey": r"[^\n]* (\d+)\.",
-    "recall": r".* -> (\d+);",
-    "variables": r"The names that came to be \d+: (.*)\.",
-}
-
-
-@pytest.mark.parametrize("task", ASKED)
-def test_the_answers_are_marked(loader, tokenizer, task):
-    batch = loader([task], seq_len=2048).batch(0, 30)
-    places = (batch.cu_seqlens[1:] - 2).tolist()  # the last target but the end of text
-    for start, end in zip(batch.cu_seqlens.tolist(), places, strict=False):
-        marked = batch.answers[start:end]
-        text = tokenizer.decode(batch.targets[start : end + 1].tolist())
-        answer = re.fullmatch(ASKED[task], text.rsplit("\n\n", 1)[1]).group(1)
-        last = len(marked) - int(marked.flip(0).byte().argmax())
-        first = last - int((~marked[:last]).flip(0).byte().argmax())
-        assert (
-            tokenizer.decode(batch.targets[start + first : start + last].tolist()).strip() == answer
+def marked(batch, tokenizer):
+    """What is marked as answers, a list of texts for each document."""
+    found = []
+    ends = batch.cu_seqlens.tolist()
+    for start, end in zip(ends, ends[1:], strict=False):
+        edges = (
+            torch.nn.functional.pad(batch.answers[start:end].int(), (1, 1)).diff().nonzero()[:, 0]
         )
-        if task != "recall":
-            assert marked.sum() == last - first  # and nothing else is
+        targets = batch.targets[start:end]
+        found.append([tokenizer.decode(targets[a:b].tolist()) for a, b in edges.view(-1, 2)])
+    return found
+
+
+def test_the_answers_are_marked_with_the_space_before_them(loader, tokenizer, monkeypatch):
+    answers = ["12345", "lazy dog", "7"]
+
+    def task(*_):
+        questions = [Question(f"{a} {i}? {a}.", a, i) for i, a in enumerate(answers)]
+        return ["Stated."] * 3, questions
+
+    monkeypatch.setitem(SENTENCES, "needle", task)
+    for found in marked(loader(["needle"]).batch(0, 30), tokenizer):
+        assert sorted(found) == sorted(f" {answer}" for answer in answers)
+
+
+@pytest.mark.parametrize("task", SENTENCES)
+def test_only_answers_are_marked(loader, tokenizer, monkeypatch, task):
+    draw, answers = SENTENCES[task], set()
+
+    def recorded(*args):
+        statements, questions = draw(*args)
+        answers.update(f" {question.answer}" for question in questions)
+        return statements, questions
+
+    monkeypatch.setitem(SENTENCES, task, recorded)
+    documents = marked(loader([task]).batch(0, 30), tokenizer)
+    assert all(documents) and {answer for found in documents for answer in found} <= answers
+
+
+def test_a_copy_has_no_answers(loader):
     assert not loader(["copy"]).batch(0, 5).answers.any()
 
 

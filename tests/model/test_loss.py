@@ -20,7 +20,7 @@ def test_equals_cross_entropy_with_gradients(monkeypatch, z_loss, softcap):
     answers = torch.zeros(31, dtype=torch.bool)
     answers[[1, 7, 8, 29]] = True
 
-    got = linear_cross_entropy(hidden, weight, targets, answers, 5.0, z_loss, softcap)
+    got = linear_cross_entropy(hidden, weight, targets, z_loss, softcap, answers, 5.0)
     grads = torch.autograd.grad(3.0 * got.objective, (hidden, weight))
 
     logits = hidden @ weight.T
@@ -43,7 +43,7 @@ def test_answers_that_weigh_one_leave_the_objective_as_it_is():
     hidden, weight = torch.randn(31, 6, requires_grad=True), torch.randn(11, 6)
     targets, answers = torch.randint(11, (31,)), torch.arange(31) % 3 == 0
     plain = linear_cross_entropy(hidden, weight, targets)
-    marked = linear_cross_entropy(hidden, weight, targets, answers)
+    marked = linear_cross_entropy(hidden, weight, targets, answers=answers)
     assert torch.equal(plain.objective, marked.objective) and plain.answer_count == 0
     grads = [torch.autograd.grad(loss.objective, hidden)[0] for loss in (plain, marked)]
     assert torch.equal(*grads)

@@ -18,7 +18,7 @@ def batch(lengths: list[int], seed: int, device: str) -> Batch:
     tokens = torch.randint(1, 512, (sum(lengths) + 1,), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
-    answers = torch.arange(len(positions)) % 3 == 0
+    answers = torch.rand(len(positions), generator=generator) < 0.3
     return Batch(tokens[:-1], tokens[1:], answers, positions, borders, max(lengths)).to(device)
 
 
@@ -75,7 +75,7 @@ def test_gradients_of_two_passes_add_up():
         model.zero_grad()
         for part in parts:
             inputs = part.tokens, part.positions, part.cu_seqlens, part.max_seqlen
-            model(*inputs, targets=part.targets).objective.backward()
+            model(*inputs, targets=part.targets, answers=part.answers).objective.backward()
         return model.embedding.weight.grad.clone()
 
     torch.testing.assert_close(gradient(one, two), gradient(one) + gradient(two))
@@ -99,8 +99,8 @@ def test_evaluation_is_not_captured(no_graphs):
     captured, part = capture(model), batch([300, 212], 0, "cpu")
     inputs = part.tokens, part.positions, part.cu_seqlens, part.max_seqlen
     with torch.no_grad():
-        model(*inputs, targets=part.targets)
+        model(*inputs, targets=part.targets, answers=part.answers)
     assert model(*inputs).shape == (512, 512)  # logits
     model.eval()
-    model(*inputs, targets=part.targets)
+    model(*inputs, targets=part.targets, answers=part.answers)
     assert not captured.graphs

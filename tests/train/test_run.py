@@ -241,16 +241,22 @@ def test_scoring_on_the_way_disturbs_nothing(outputs):
         assert stem.with_suffix(".png").exists()
 
 
-def test_answers_weigh_more_on_any_ranks_and_in_the_objective_alone(outputs):
-    how = ["~data.path", "~data.validation", "data=novels_and_tasks", "train.seq_len=512", "train.micro_batch_tokens=512"]
-    how += ["data.weights.tasks=0.8", "data.sources.tasks.tasks=[recall]", "train.max_steps=3"]
-    for name, weight, ranks in (("once", 1, {}), ("more", 20, {}), ("shared", 20, {"world_size": 2})):
-        more = ["parallel.sequence=2"] if ranks else []
-        pretrain(outputs, f"name={name}", f"train.answer_weight={weight}", *more, *how, **ranks)
+def test_answers_weigh_more_in_the_objective_alone_and_on_any_ranks(outputs):
+    how = [
+        "~data.path", "~data.validation", "data=novels_and_tasks", "data.weights.tasks=0.8",
+        "data.sources.tasks.tasks=[recall]", "train.seq_len=512", "train.micro_batch_tokens=512",
+        "train.max_steps=3",
+    ]  # fmt: skip
+    pretrain(outputs, "name=answers", *how)
+    how.append("train.answer_weight=20")
+    pretrain(outputs, "name=heavy", *how)
+    pretrain(outputs, "name=heavy_ranks", *how, world_size=2)
+    pretrain(outputs, "name=heavy_shared", "parallel.sequence=2", *how, world_size=2)
     once, more = (
-        [m for m in metrics(outputs / name) if "loss" in m] for name in ("once", "more")
+        [m for m in metrics(outputs / name) if "loss" in m] for name in ("answers", "heavy")
     )
     assert more[0]["loss"] == once[0]["loss"] and more[0]["answer_loss"] == once[0]["answer_loss"]
     assert more[0]["grad_norm"] > 1.5 * once[0]["grad_norm"]
     assert more[2]["answer_loss"] < once[2]["answer_loss"]
-    same_curve(outputs / "more", outputs / "shared", rel=1e-5)
+    for name in ("heavy_ranks", "heavy_shared"):
+        same_curve(outputs / "heavy", outputs / name, rel=1e-5)
