@@ -121,7 +121,7 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
         engine = BareLoop(model, run, device)
     else:
         engine = Engine(model, run, ranks)
-        engine.begin_stage(run.train.seq_len, raw["model"]["rope_base"])
+        engine.begin_stage(run.stages[0])
     flops = model.flops_per_token(run.train.seq_len)
     batch, cuda = random_batch(run, device), device.type == "cuda"
     if cuda:

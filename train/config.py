@@ -69,11 +69,16 @@ class StageConfig:
     batch_tokens: int | None = None  # per step, and passes in proportion; None: as before
     rope_base: float | None = None  # None: as before
     weights: dict | None = None  # shares of the sources' tokens; None: the data config's
+    answer_weight: float | None = None  # None: as before
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.stages: {name}={value}; it must be at least 1.")
+        if self.answer_weight is not None and not self.answer_weight > 0:
+            raise ValueError(
+                f"train.stages: answer_weight={self.answer_weight}; it must be above 0."
+            )
 
     def start(self, max_tokens: int) -> float:
         """Tokens behind a run of max_tokens when the stage begins."""
@@ -90,6 +95,7 @@ class LengthStage(NamedTuple):
     micro_batch_tokens: int  # in proportion to batch_tokens: every step has as many passes
     rope_base: float
     weights: dict | None
+    answer_weight: float
 
 
 @dataclass(frozen=True)
@@ -257,7 +263,8 @@ def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
         )
     passes = train.batch_tokens // train.micro_batch_tokens
     sizes = train.batch_tokens, train.micro_batch_tokens
-    stages = [LengthStage(0, 0, train.seq_len, *sizes, float(rope_base), None)]
+    begin = train.seq_len, *sizes, float(rope_base), None, train.answer_weight
+    stages = [LengthStage(0, 0, *begin)]
     for i, entry in enumerate(train.stages):
         stage, before = from_config(StageConfig, entry, f"train.stages.{i}"), stages[-1]
         tokens = stage.start(train.max_tokens) - before.first_tokens
@@ -271,7 +278,8 @@ def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
         batch = stage.batch_tokens or before.batch_tokens
         base = before.rope_base if stage.rope_base is None else stage.rope_base
         sizes = stage.seq_len, batch, batch // passes
-        stages.append(LengthStage(*first, *sizes, base, stage.weights))
+        answers = before.answer_weight if stage.answer_weight is None else stage.answer_weight
+        stages.append(LengthStage(*first, *sizes, base, stage.weights, answers))
     for stage in stages:
         if stage.batch_tokens % (passes * stage.seq_len):
             raise ValueError(_misfit(stage, train, passes))

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from data.batch import Batch
 from model.decoder import Block, Decoder
 from model.loss import Loss
-from train.config import RunConfig
+from train.config import LengthStage, RunConfig
 from train.cuda_graphs import CapturedPasses
 from train.optimizer import build_optimizer
 
@@ -134,7 +134,6 @@ class Engine:
 
         stage, device = run.parallel.zero_stage, ranks.device
         model.recompute(run.train.activation_checkpointing)
-        model.answer_weight = run.train.answer_weight
         self.sequence_group = ranks.sequence_group()
         if self.sequence_group:
             model.share_sequences(self.sequence_group)
@@ -160,12 +159,13 @@ class Engine:
             for block in self.module.blocks:
                 block.compile(fullgraph=True)
 
-    def begin_stage(self, seq_len: int, rope_base: float) -> None:
-        """Sequences have another length, and positions another base, from here on."""
-        self.module.rotary.set_base(rope_base)
-        self.module.select_all(seq_len <= self.dense_until)
+    def begin_stage(self, stage: LengthStage) -> None:
+        """Train as this stage does from here on."""
+        self.module.rotary.set_base(stage.rope_base)
+        self.module.select_all(stage.seq_len <= self.dense_until)
+        self.module.answer_weight = stage.answer_weight
         if self.captured:
-            self.captured.begin_stage(seq_len)
+            self.captured.begin_stage(stage.seq_len)
 
     def __call__(self, batch: Batch) -> Loss:
         """The loss of a batch; training or evaluation, as last said by train()."""

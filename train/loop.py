@@ -166,7 +166,7 @@ def train(run: RunConfig, data_path: Path, ranks: Ranks) -> int:
                 state.recent.clear()
             stage = run.stage(state.step)
             length = run.stages[stage]
-            engine.begin_stage(length.seq_len, length.rope_base)
+            engine.begin_stage(length)
             stream = prefetch(micro_batches(run, stage, loaders[stage], state.step, ranks))
 
         # One optimizer step. A signal between two passes gives the half step up; it is repeated

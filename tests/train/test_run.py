@@ -248,13 +248,18 @@ def test_answers_weigh_more_in_the_objective_alone_and_on_any_ranks(outputs):
         "train.max_steps=3",
     ]  # fmt: skip
     pretrain(outputs, "name=answers", *how)
+    late = "train.stages=[{from_tokens:1024,seq_len:512,answer_weight:20}]"
+    pretrain(outputs, "name=later", late, *how)
     how.append("train.answer_weight=20")
     pretrain(outputs, "name=heavy", *how)
     pretrain(outputs, "name=heavy_ranks", *how, world_size=2)
     pretrain(outputs, "name=heavy_shared", "parallel.sequence=2", *how, world_size=2)
-    once, more = (
-        [m for m in metrics(outputs / name) if "loss" in m] for name in ("answers", "heavy")
+    once, late, more = (
+        [m for m in metrics(outputs / name) if "loss" in m]
+        for name in ("answers", "later", "heavy")
     )
+    assert late[0] == once[0]
+    assert late[1]["grad_norm"] > 1.5 * once[1]["grad_norm"]
     assert more[0]["loss"] == once[0]["loss"] and more[0]["answer_loss"] == once[0]["answer_loss"]
     assert more[0]["grad_norm"] > 1.5 * once[0]["grad_norm"]
     assert more[2]["answer_loss"] < once[2]["answer_loss"]
