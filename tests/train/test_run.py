@@ -259,7 +259,7 @@ def test_answers_weigh_more_in_the_objective_alone_and_on_any_ranks(outputs):
         for name in ("answers", "later", "heavy")
     )
     assert late[0] == once[0]
-    assert late[1]["grad_norm"] > 1.5 * once[1]["grad_norm"]
+    assert late[1]["grad_norm"] > 1.2 * once[1]["grad_norm"]
     assert more[0]["loss"] == once[0]["loss"] and more[0]["answer_loss"] == once[0]["answer_loss"]
     assert more[0]["grad_norm"] > 1.5 * once[0]["grad_norm"]
     assert more[2]["answer_loss"] < once[2]["answer_loss"]
