@@ -14,8 +14,7 @@ class Batch(NamedTuple):
 
     tokens      int64 [T]
     targets     int64 [T], the token that follows in the same text; NOT_SCORED in padding
-    answers     bool [T], targets that answer a question about text before: in the tasks of
-                data/synthetic.py but copies
+    answers     bool [T], targets that belong to the answer of a synthetic task; none in text and copies
     positions   int64 [T], 0, 1, 2, … from the first token of each document
     cu_seqlens  int32 [N + 1], where each document starts; the last entry is T
     max_seqlen  length of the longest document, in tokens

@@ -382,8 +382,7 @@ class SyntheticLoader:
     def _encode(self, text: str, answer: str | None = None) -> np.ndarray:
         """int64 [2, length]: the text's tokens, and 1 for those of the answer, in its last place.
 
-        The space before it belongs to it: where it is a token of its own, saying it instead of
-        something else is what decides.
+        The space before it counts too: where it is a token of its own, the answer begins with it.
         """
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
         found = _unasked(encoding.ids)

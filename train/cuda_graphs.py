@@ -21,7 +21,8 @@ class CapturedPasses:
 
     A graph is captured for each number of tokens and of documents, which empty ones round up to a
     power of two; documents may have up to begin_stage's length. The last bits of a loss depend on
-    these bounds, as sums are cut differently.
+    these bounds, as sums are cut differently. What the model was set to when a graph was captured,
+    such as the weight of answers, stays in it.
     """
 
     def __init__(self, model: Decoder):
@@ -29,7 +30,8 @@ class CapturedPasses:
         self.longest, self.graphs = 0, {}
 
     def begin_stage(self, longest: int) -> None:
-        """Documents have up to `longest` tokens from here on; other graphs give their memory back."""
+        """Documents have up to `longest` tokens from here on, and the model may be set otherwise: graphs of
+        before are dropped."""
         self.longest = longest
         self.graphs.clear()
 
@@ -37,7 +39,7 @@ class CapturedPasses:
         self, *inputs, targets: Tensor | None = None, answers: Tensor | None = None
     ) -> Tensor | Loss:
         """As Decoder.forward; the sums of the loss carry no gradient."""
-        if targets is None or not (self.model.training and torch.is_grad_enabled()):
+        if answers is None or not (self.model.training and torch.is_grad_enabled()):
             return self.eager(*inputs, targets, answers)
         tokens, positions, cu_seqlens, _ = inputs
         documents = len(cu_seqlens) - 1

@@ -207,8 +207,12 @@ def test_only_answers_are_marked(loader, tokenizer, monkeypatch, task):
         return statements, questions
 
     monkeypatch.setitem(SENTENCES, task, recorded)
-    documents = marked(loader([task]).batch(0, 30), tokenizer)
+    batch = loader([task]).batch(0, 30)
+    documents = marked(batch, tokenizer)
     assert all(documents) and {answer for found in documents for answer in found} <= answers
+    if task == "recall":  # every pair is stated, and asked for
+        pairs = tokenizer.decode(batch.targets.tolist()).count(" -> ")
+        assert 2 * sum(map(len, documents)) == pairs
 
 
 def test_a_copy_has_no_answers(loader):

@@ -94,6 +94,20 @@ def test_empty_documents_and_a_longer_bound_change_nothing(attention, no_graphs)
         torch.testing.assert_close(wanted, got)
 
 
+@pytest.mark.gpu
+def test_another_weight_of_answers_counts_from_the_next_stage_on():
+    model = build("full").to("cuda", torch.bfloat16)
+    parts, captured = [batch([256] * 8, 0, "cuda")], capture(model)
+    heavy = passes(model, parts)[0][0].objective
+    model.answer_weight = 1.0
+    captured.begin_stage(2048)
+    light = passes(model, parts)[0][0].objective
+    model.forward = captured.eager
+    expected = passes(model, parts)[0][0].objective
+    torch.testing.assert_close(light, expected, rtol=1e-4, atol=1e-4)
+    assert heavy > 1.5 * light
+
+
 def test_evaluation_is_not_captured(no_graphs):
     model = build("nsa")
     captured, part = capture(model), batch([300, 212], 0, "cpu")
