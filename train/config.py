@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -17,6 +18,11 @@ from model.checkpoint import find_checkpoint
 from model.parallel import check_heads
 from train.optimizer import OptimizerConfig
 from train.schedule import Schedule
+
+
+def _check_answer_weight(where: str, weight: float) -> None:
+    if not 0 < weight < math.inf:
+        raise ValueError(f"{where}answer_weight={weight}; it must be above 0, and finite.")
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name}={getattr(self, name)}; it must be at least 1.")
         if self.dense_until < 0:
             raise ValueError(f"train.dense_until={self.dense_until}; it must be at least 0.")
-        if not self.answer_weight > 0:
-            raise ValueError(f"train.answer_weight={self.answer_weight}; it must be above 0.")
+        _check_answer_weight("train.", self.answer_weight)
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,8 @@ class StageConfig:
         for name in ("seq_len", "batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.stages: {name}={value}; it must be at least 1.")
-        if self.answer_weight is not None and not self.answer_weight > 0:
-            raise ValueError(
-                f"train.stages: answer_weight={self.answer_weight}; it must be above 0."
-            )
+        if self.answer_weight is not None:
+            _check_answer_weight("train.stages: ", self.answer_weight)
 
     def start(self, max_tokens: int) -> float:
         """Tokens behind a run of max_tokens when the stage begins."""

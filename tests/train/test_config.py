@@ -162,6 +162,7 @@ def test_recipes_differ_in_the_attention_alone(family, largest):
             "answer_weight=0.0; it must",
         ),
         (["train.answer_weight=-1"], "train.answer_weight=-1.0; it must be above 0"),
+        (["train.answer_weight=inf"], "train.answer_weight=inf; it must be above 0"),
         (
             [
                 "train.batch_tokens=6144",
