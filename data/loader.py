@@ -121,5 +121,5 @@ def _assemble(tokens: np.ndarray, start: np.ndarray, length: np.ndarray, eot_id:
     targets = tokens.take(index + 1).astype(np.int64)
     inputs[padding], targets[padding] = eot_id, NOT_SCORED
     cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
-    arrays = inputs, targets, np.zeros(len(inputs), bool), positions, cu_seqlens
+    arrays = inputs, targets, np.zeros(len(inputs), np.float32), positions, cu_seqlens
     return Batch(*map(torch.from_numpy, arrays), int(length.max()))

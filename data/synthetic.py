@@ -311,11 +311,10 @@ class SyntheticLoader:
         lengths = np.array([document.shape[1] for document in documents])
         ends = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
-        arrays = tokens[:-1], tokens[1:].copy(), asked[1:].astype(bool), positions
-        return Batch(
-            *map(torch.from_numpy, (*arrays, ends.astype(np.int32))),
-            int(lengths.max()),
-        )
+        asked = asked[1:].astype(np.float32)
+        asked *= np.repeat(lengths / np.add.reduceat(asked, ends[:-1]).clip(min=1), lengths)
+        arrays = tokens[:-1], tokens[1:].copy(), asked, positions, ends.astype(np.int32)
+        return Batch(*map(torch.from_numpy, arrays), int(lengths.max()))
 
     def sample(self, number: int) -> list[np.ndarray]:
         """The documents of a sample, int64 [2, length] each: tokens, end-of-text first, and 1 for those that

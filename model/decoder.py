@@ -129,7 +129,7 @@ class Decoder(nn.Module):
                 f"model.full_layers: there is no layer {outside[0]}; they are 0 to {num_layers - 1}."
             )
         self.logit_softcap, self.z_loss = logit_softcap, z_loss
-        self.answer_weight = 1.0  # in the training objective
+        self.answer_share = 0.0  # of answers in the training objective
         self.embedding = nn.Embedding(vocab_size, dim)
         self.rotary = Rotary(head_dim, rope_base, rope_fraction, yarn_factor, yarn_original_length)
         shared = dict(
@@ -189,14 +189,14 @@ class Decoder(nn.Module):
         """Logits [T, vocab] in the model's dtype; with targets int64 [T], the loss instead.
 
         tokens and positions int64 [T], positions restart at each document; cu_seqlens int32
-        [documents + 1]; max_seqlen the longest document; answers bool [T], targets that weigh
-        `answer_weight`.
+        [documents + 1]; max_seqlen the longest document; answers float32 [T], which weighs targets by
+        `answer_share` (linear_cross_entropy).
         """
         x, lesson = self.run(tokens, positions, cu_seqlens, max_seqlen)
         if targets is None:
             return self.logits(x)
         head = self.output_weight, targets, self.z_loss, self.logit_softcap
-        loss = linear_cross_entropy(x, *head, answers, self.answer_weight)
+        loss = linear_cross_entropy(x, *head, answers, self.answer_share)
         if lesson is None:
             return loss
         return loss._replace(objective=loss.objective + lesson, lesson=lesson.detach())

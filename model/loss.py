@@ -15,8 +15,8 @@ CHUNK_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 22}
 
 class Loss(NamedTuple):
     """objective: the scalar to minimise. nll_sum, z_sum, count: fp32 sums over scored positions;
-    answer_nll, answer_count: over the answers among them. lesson: what the objective holds of the
-    attentions' own, weighed."""
+    answer_nll, answer_count: over the answers among them, each counted once. lesson: what the
+    objective holds of the attentions' own, weighed."""
 
     objective: Tensor
     nll_sum: Tensor
@@ -35,14 +35,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, z_loss, softcap, answers, answer_weight):
+    def forward(ctx, hidden, weight, targets, z_loss, softcap, answers, answer_share):
         rows, vocab = hidden.shape[0], weight.shape[0]
         need_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         dhidden = torch.empty_like(hidden) if need_grad else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dweight = torch.zeros_like(weight, dtype=wide) if need_grad else None
-        nll_sum, answer_nll, z_sum = hidden.new_zeros(3, dtype=wide).unbind()
-        weights = 1 + (answer_weight - 1) * answers.to(wide)
+        weighed, nll_sum, answer_nll, z_sum = hidden.new_zeros(4, dtype=wide).unbind()
+        weights, answering = 1 + answer_share * answers.to(wide), answers > 0
         step = max(CHUNK_LOGITS.get(hidden.device.type, 1 << 22) // vocab, 1)
         for start in range(0, rows, step):
             h, target = hidden[start : start + step], targets[start : start + step]
@@ -50,15 +50,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nll, z, grad = _backend(logits)(
                 logits, target, weights[start : start + step], rows, z_loss, softcap, need_grad
             )
+            weighed += (nll * weights[start : start + step]).sum()
             nll_sum += nll.sum()
-            answer_nll += (nll * answers[start : start + step]).sum()
+            answer_nll += (nll * answering[start : start + step]).sum()
             z_sum += z.sum()
             if need_grad:
                 dhidden[start : start + step] = grad @ weight
                 dweight += grad.T @ h
             del logits, grad  # before the next chunk's are made
         ctx.save_for_backward(dhidden, dweight if dweight is None else dweight.to(weight.dtype))
-        objective = (nll_sum + (answer_weight - 1) * answer_nll + z_loss * z_sum) / rows
+        objective = (weighed + z_loss * z_sum) / rows
         ctx.mark_non_differentiable(nll_sum, answer_nll, z_sum)
         return objective, nll_sum, answer_nll, z_sum
 
@@ -109,22 +110,22 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float = 0.0,
     answers: Tensor | None = None,
-    answer_weight: float = 1.0,
+    answer_share: float = 0.0,
 ) -> Loss:
     """Next-token loss of hidden [T, dim] under the output matrix weight [vocab, dim].
 
     targets int64 [T], IGNORED where not scored. softcap > 0 squashes logits to
     softcap * tanh(logits / softcap); z_loss weighs the squared log-normaliser (arXiv 2204.02311).
-    answers bool [T] are scored targets that count answer_weight times in the objective, and once in
-    the sums.
+    answers float32 [T], above 0 for scored targets that answer a question (data/batch.py): in the
+    objective a target weighs 1 + answer_share * answers.
     The objective divides by all T positions, not by the scored ones or their weights: the gradient
     of a batch is then the same however it is cut into micro-batches and ranks.
     """
     if answers is None:
-        answers = torch.zeros_like(targets, dtype=torch.bool)
+        answers = torch.zeros_like(targets, dtype=torch.float32)
     objective, nll_sum, answer_nll, z_sum = _LinearCrossEntropy.apply(
-        hidden, weight, targets, z_loss, softcap, answers, answer_weight
+        hidden, weight, targets, z_loss, softcap, answers, answer_share
     )
-    count, answer_count = (targets != IGNORED).sum().float(), answers.sum().float()
+    count, answer_count = (targets != IGNORED).sum().float(), (answers > 0).sum().float()
     no_lesson = torch.zeros_like(nll_sum)
     return Loss(objective, nll_sum, z_sum, count, answer_nll, answer_count, no_lesson)

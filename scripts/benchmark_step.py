@@ -105,7 +105,7 @@ def random_batch(run: RunConfig, device: torch.device) -> Batch:
     tokens = torch.randint(vocabulary, (count * length + 1,), device=device)
     positions = torch.arange(length, device=device).repeat(count)
     cu_seqlens = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
-    answers = torch.zeros_like(positions, dtype=torch.bool)
+    answers = torch.zeros_like(positions, dtype=torch.float32)
     return Batch(tokens[:-1], tokens[1:], answers, positions, cu_seqlens, length)
 
 

@@ -20,9 +20,9 @@ from train.optimizer import OptimizerConfig
 from train.schedule import Schedule
 
 
-def _check_answer_weight(where: str, weight: float) -> None:
-    if not 0 < weight < math.inf:
-        raise ValueError(f"{where}answer_weight={weight}; it must be above 0, and finite.")
+def _check_answer_share(where: str, share: float) -> None:
+    if not 0 <= share < math.inf:
+        raise ValueError(f"{where}answer_share={share}; it must be at least 0, and finite.")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TrainConfig:
     compile: bool
     cuda_graphs: bool
     activation_checkpointing: Literal["none", "full", "selective"]
-    answer_weight: float
+    answer_share: float
     grad_clip: float
     spike_sigma: float
     max_skipped: int
@@ -62,7 +62,7 @@ class TrainConfig:
                 raise ValueError(f"train.{name}={getattr(self, name)}; it must be at least 1.")
         if self.dense_until < 0:
             raise ValueError(f"train.dense_until={self.dense_until}; it must be at least 0.")
-        _check_answer_weight("train.", self.answer_weight)
+        _check_answer_share("train.", self.answer_share)
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class StageConfig:
     batch_tokens: int | None = None  # per step, and passes in proportion; None: as before
     rope_base: float | None = None  # None: as before
     weights: dict | None = None  # shares of the sources' tokens; None: the data config's
-    answer_weight: float | None = None  # None: as before
+    answer_share: float | None = None  # None: as before
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_tokens"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"train.stages: {name}={value}; it must be at least 1.")
-        if self.answer_weight is not None:
-            _check_answer_weight("train.stages: ", self.answer_weight)
+        if self.answer_share is not None:
+            _check_answer_share("train.stages: ", self.answer_share)
 
     def start(self, max_tokens: int) -> float:
         """Tokens behind a run of max_tokens when the stage begins."""
@@ -98,7 +98,7 @@ class LengthStage(NamedTuple):
     micro_batch_tokens: int  # in proportion to batch_tokens: every step has as many passes
     rope_base: float
     weights: dict | None
-    answer_weight: float
+    answer_share: float
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
         )
     passes = train.batch_tokens // train.micro_batch_tokens
     sizes = train.batch_tokens, train.micro_batch_tokens
-    begin = train.seq_len, *sizes, float(rope_base), None, train.answer_weight
+    begin = train.seq_len, *sizes, float(rope_base), None, train.answer_share
     stages = [LengthStage(0, 0, *begin)]
     for i, entry in enumerate(train.stages):
         stage, before = from_config(StageConfig, entry, f"train.stages.{i}"), stages[-1]
@@ -281,7 +281,7 @@ def _stages(train: TrainConfig, rope_base: float) -> tuple[LengthStage, ...]:
         batch = stage.batch_tokens or before.batch_tokens
         base = before.rope_base if stage.rope_base is None else stage.rope_base
         sizes = stage.seq_len, batch, batch // passes
-        answers = before.answer_weight if stage.answer_weight is None else stage.answer_weight
+        answers = before.answer_share if stage.answer_share is None else stage.answer_share
         stages.append(LengthStage(*first, *sizes, base, stage.weights, answers))
     for stage in stages:
         if stage.batch_tokens % (passes * stage.seq_len):

@@ -22,7 +22,7 @@ class CapturedPasses:
     A graph is captured for each number of tokens and of documents, which empty ones round up to a
     power of two; documents may have up to begin_stage's length. The last bits of a loss depend on
     these bounds, as sums are cut differently. What the model was set to when a graph was captured,
-    such as the weight of answers, stays in it.
+    such as the share of answers, stays in it.
     """
 
     def __init__(self, model: Decoder):

@@ -163,7 +163,7 @@ class Engine:
         """Train as this stage does from here on."""
         self.module.rotary.set_base(stage.rope_base)
         self.module.select_all(stage.seq_len <= self.dense_until)
-        self.module.answer_weight = stage.answer_weight
+        self.module.answer_share = stage.answer_share
         if self.captured:
             self.captured.begin_stage(stage.seq_len)
 

@@ -24,7 +24,7 @@ def shards_of(lengths):
 def text_of(batch, shards, seq_len):
     """The tokens of a batch that aren't padding, after checking all that it promises of them."""
     total, cu = len(batch.tokens), batch.cu_seqlens
-    dtypes = [torch.int64] * 2 + [torch.bool, torch.int64, torch.int32]
+    dtypes = [torch.int64] * 2 + [torch.float32, torch.int64, torch.int32]
     assert [t.dtype for t in batch[:5]] == dtypes and not batch.answers.any()
     assert cu[0] == 0 and cu[-1] == total and (cu.diff() > 0).all()
     assert batch.max_seqlen == cu.diff().max()

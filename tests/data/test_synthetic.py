@@ -178,7 +178,9 @@ def marked(batch, tokenizer):
     ends = batch.cu_seqlens.tolist()
     for start, end in zip(ends, ends[1:], strict=False):
         edges = (
-            torch.nn.functional.pad(batch.answers[start:end].int(), (1, 1)).diff().nonzero()[:, 0]
+            torch.nn.functional.pad((batch.answers[start:end] > 0).int(), (1, 1))
+            .diff()
+            .nonzero()[:, 0]
         )
         targets = batch.targets[start:end]
         found.append([tokenizer.decode(targets[a:b].tolist()) for a, b in edges.view(-1, 2)])
@@ -213,6 +215,15 @@ def test_only_answers_are_marked(loader, tokenizer, monkeypatch, task):
     if task == "recall":  # every pair is stated, and asked for
         pairs = tokenizer.decode(batch.targets.tolist()).count(" -> ")
         assert 2 * sum(map(len, documents)) == pairs
+
+
+def test_the_answers_of_a_document_add_up_to_its_length(loader):
+    batch = loader([*SENTENCES]).batch(0, 30)
+    ends = batch.cu_seqlens.tolist()
+    for start, end in zip(ends, ends[1:], strict=False):
+        answers = batch.answers[start:end]
+        assert answers.unique().tolist() == [0, answers.max()]
+        assert answers.sum().item() == pytest.approx(end - start)
 
 
 def test_a_copy_has_no_answers(loader):

@@ -17,10 +17,10 @@ def test_equals_cross_entropy_with_gradients(monkeypatch, z_loss, softcap):
     targets = torch.randint(11, (31,))
     targets[[0, 9, 30]] = IGNORED
 
-    answers = torch.zeros(31, dtype=torch.bool)
-    answers[[1, 7, 8, 29]] = True
+    answers = torch.zeros(31)
+    answers[[1, 7, 8, 29]] = torch.tensor([5.0, 2.0, 2.0, 4.0])
 
-    got = linear_cross_entropy(hidden, weight, targets, z_loss, softcap, answers, 5.0)
+    got = linear_cross_entropy(hidden, weight, targets, z_loss, softcap, answers, 0.5)
     grads = torch.autograd.grad(3.0 * got.objective, (hidden, weight))
 
     logits = hidden @ weight.T
@@ -28,20 +28,20 @@ def test_equals_cross_entropy_with_gradients(monkeypatch, z_loss, softcap):
         logits = torch.tanh(logits / softcap) * softcap
     nll = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
     z = (logits.logsumexp(1).square() * (targets != IGNORED)).sum()
-    objective = (nll.sum() + 4 * nll[answers].sum() + z_loss * z) / 31
+    objective = (nll.sum() + 0.5 * (answers * nll).sum() + z_loss * z) / 31
     expected = torch.autograd.grad(3.0 * objective, (hidden, weight))
 
     torch.testing.assert_close(got.objective, objective)
     sums = got.nll_sum, got.answer_nll, got.z_sum
-    torch.testing.assert_close(sums, (nll.sum(), nll[answers].sum(), z))
+    torch.testing.assert_close(sums, (nll.sum(), nll[answers > 0].sum(), z))
     assert got.count == 28 and got.answer_count == 4
     torch.testing.assert_close(grads, expected)
 
 
-def test_answers_that_weigh_one_leave_the_objective_as_it_is():
+def test_answers_without_a_share_leave_the_objective_as_it_is():
     torch.manual_seed(0)
     hidden, weight = torch.randn(31, 6, requires_grad=True), torch.randn(11, 6)
-    targets, answers = torch.randint(11, (31,)), torch.arange(31) % 3 == 0
+    targets, answers = torch.randint(11, (31,)), torch.arange(31) % 3.0
     plain = linear_cross_entropy(hidden, weight, targets)
     marked = linear_cross_entropy(hidden, weight, targets, answers=answers)
     assert torch.equal(plain.objective, marked.objective) and plain.answer_count == 0

@@ -54,15 +54,15 @@ def test_a_stage_begins_at_tokens_or_at_a_share_of_the_run():
     assert [s.first_step for s in run.stages] == [0, 40960 // per_step, 409600 // per_step]
 
 
-def test_stages_keep_the_weight_of_answers_or_change_it():
-    ends = "{from_tokens:0.25,seq_len:1024},{from_tokens:0.5,seq_len:1024,answer_weight:8}"
+def test_stages_keep_the_share_of_answers_or_change_it():
+    ends = "{from_tokens:0.25,seq_len:1024},{from_tokens:0.5,seq_len:1024,answer_share:0.1}"
     stages = f"train.stages=[{ends},{{from_tokens:0.75,seq_len:2048}}]"
     run = check_config(
         resolved(
-            "+experiment=quickstart", "train.max_tokens=100000", "train.answer_weight=2", stages
+            "+experiment=quickstart", "train.max_tokens=100000", "train.answer_share=0.2", stages
         )
     )
-    assert [s.answer_weight for s in run.stages] == [2, 2, 8, 8]
+    assert [s.answer_share for s in run.stages] == [0.2, 0.2, 0.1, 0.1]
 
 
 def test_a_stage_may_have_larger_batches():
@@ -158,11 +158,11 @@ def test_recipes_differ_in_the_attention_alone(family, largest):
         ),
         (["train.stages=[{from_tokens:9,seq_len:9,batch_tokens:0}]"], "batch_tokens=0; it must"),
         (
-            ["train.stages=[{from_tokens:9,seq_len:9,answer_weight:0}]"],
-            "answer_weight=0.0; it must",
+            ["train.stages=[{from_tokens:9,seq_len:9,answer_share:-1}]"],
+            "answer_share=-1.0; it must",
         ),
-        (["train.answer_weight=-1"], "train.answer_weight=-1.0; it must be above 0"),
-        (["train.answer_weight=inf"], "train.answer_weight=inf; it must be above 0"),
+        (["train.answer_share=-1"], "train.answer_share=-1.0; it must be at least 0"),
+        (["train.answer_share=inf"], "train.answer_share=inf; it must be at least 0"),
         (
             [
                 "train.batch_tokens=6144",

@@ -18,7 +18,7 @@ def batch(lengths: list[int], seed: int, device: str) -> Batch:
     tokens = torch.randint(1, 512, (sum(lengths) + 1,), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
-    answers = torch.rand(len(positions), generator=generator) < 0.3
+    answers = 4 * (torch.rand(len(positions), generator=generator) - 0.7).relu()
     return Batch(tokens[:-1], tokens[1:], answers, positions, borders, max(lengths)).to(device)
 
 
@@ -26,7 +26,7 @@ def build(attention: str) -> Decoder:
     raw = config("device=cpu", f"attention={attention}", "model.head_dim=64", "model.kv_conv=4")
     torch.manual_seed(0)
     model = build_decoder(raw["model"], raw["attention"], 512)
-    model.answer_weight = 4.0
+    model.answer_share = 4.0
     return model
 
 
@@ -95,11 +95,11 @@ def test_empty_documents_and_a_longer_bound_change_nothing(attention, no_graphs)
 
 
 @pytest.mark.gpu
-def test_another_weight_of_answers_counts_from_the_next_stage_on():
+def test_another_share_of_answers_counts_from_the_next_stage_on():
     model = build("full").to("cuda", torch.bfloat16)
     parts, captured = [batch([256] * 8, 0, "cuda")], capture(model)
     heavy = passes(model, parts)[0][0].objective
-    model.answer_weight = 1.0
+    model.answer_share = 0.0
     captured.begin_stage(2048)
     light = passes(model, parts)[0][0].objective
     model.forward = captured.eager

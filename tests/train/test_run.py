@@ -248,9 +248,9 @@ def test_answers_weigh_more_in_the_objective_alone_and_on_any_ranks(outputs):
         "train.max_steps=3",
     ]  # fmt: skip
     pretrain(outputs, "name=answers", *how)
-    late = "train.stages=[{from_tokens:1024,seq_len:512,answer_weight:20}]"
+    late = "train.stages=[{from_tokens:1024,seq_len:512,answer_share:0.5}]"
     pretrain(outputs, "name=later", late, *how)
-    how.append("train.answer_weight=20")
+    how.append("train.answer_share=0.5")
     pretrain(outputs, "name=heavy", *how)
     pretrain(outputs, "name=heavy_ranks", *how, world_size=2)
     pretrain(outputs, "name=heavy_shared", "parallel.sequence=2", *how, world_size=2)
