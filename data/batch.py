@@ -14,8 +14,9 @@ class Batch(NamedTuple):
 
     tokens      int64 [T]
     targets     int64 [T], the token that follows in the same text; NOT_SCORED in padding
-    answers     float32 [T], above 0 for targets that belong to an answer of a synthetic task: the tokens
-                of their document by those of its answers, so that a document's add up to its length
+    answers     float32 [T], above 0 for targets that belong to an answer of a synthetic task: the number
+                of tokens in their document divided by that in its answers, so that a document's add
+                up to its length; all 0 in text and copies
     positions   int64 [T], 0, 1, 2, … from the first token of each document
     cu_seqlens  int32 [N + 1], where each document starts; the last entry is T
     max_seqlen  length of the longest document, in tokens

@@ -311,9 +311,10 @@ class SyntheticLoader:
         lengths = np.array([document.shape[1] for document in documents])
         ends = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
-        asked = asked[1:].astype(np.float32)
-        asked *= np.repeat(lengths / np.add.reduceat(asked, ends[:-1]).clip(min=1), lengths)
-        arrays = tokens[:-1], tokens[1:].copy(), asked, positions, ends.astype(np.int32)
+        # A lone answer is to weigh as much as hundreds together; a copy has none.
+        counts = np.add.reduceat(asked[1:], ends[:-1])
+        answers = (asked[1:] * np.repeat(lengths / counts.clip(min=1), lengths)).astype(np.float32)
+        arrays = tokens[:-1], tokens[1:].copy(), answers, positions, ends.astype(np.int32)
         return Batch(*map(torch.from_numpy, arrays), int(lengths.max()))
 
     def sample(self, number: int) -> list[np.ndarray]:

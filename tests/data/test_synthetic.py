@@ -218,12 +218,15 @@ def test_only_answers_are_marked(loader, tokenizer, monkeypatch, task):
 
 
 def test_the_answers_of_a_document_add_up_to_its_length(loader):
-    batch = loader([*SENTENCES]).batch(0, 30)
+    batch = loader([*SENTENCES, "copy"]).batch(0, 30)
     ends = batch.cu_seqlens.tolist()
+    copies = 0
     for start, end in zip(ends, ends[1:], strict=False):
         answers = batch.answers[start:end]
-        assert answers.unique().tolist() == [0, answers.max()]
-        assert answers.sum().item() == pytest.approx(end - start)
+        assert len(answers[answers > 0].unique()) <= 1
+        assert answers.sum().item() in (0, pytest.approx(end - start))
+        copies += not answers.any()
+    assert 0 < copies < len(ends) / 2
 
 
 def test_a_copy_has_no_answers(loader):

@@ -56,13 +56,14 @@ def test_a_stage_begins_at_tokens_or_at_a_share_of_the_run():
 
 def test_stages_keep_the_share_of_answers_or_change_it():
     ends = "{from_tokens:0.25,seq_len:1024},{from_tokens:0.5,seq_len:1024,answer_share:0.1}"
-    stages = f"train.stages=[{ends},{{from_tokens:0.75,seq_len:2048}}]"
+    more = "{from_tokens:0.75,seq_len:2048},{from_tokens:0.9,seq_len:1024,answer_share:0}"
+    stages = f"train.stages=[{ends},{more}]"
     run = check_config(
         resolved(
             "+experiment=quickstart", "train.max_tokens=100000", "train.answer_share=0.2", stages
         )
     )
-    assert [s.answer_share for s in run.stages] == [0.2, 0.2, 0.1, 0.1]
+    assert [s.answer_share for s in run.stages] == [0.2, 0.2, 0.1, 0.1, 0]
 
 
 def test_a_stage_may_have_larger_batches():
