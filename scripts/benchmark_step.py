@@ -3,10 +3,11 @@
     python scripts/benchmark_step.py --out bench.json --seconds 120
 
 Random tokens in documents of one sequence each, on one device, through the trainer's own engine and
-through a bare torch loop. A variant is a recipe with overrides; each writes its line as it ends, and
-none starts after --seconds. The profile's largest parts are kept for some, and for those not compiled
-the time of a forward pass as in evaluation, without lesson and never captured. Where a recipe was
-measured at several lengths, a figure beside --out shows how its time grows.
+through a bare torch loop. A variant is a recipe with overrides; each writes its line as it ends, and none
+starts after --seconds. Of some a step is profiled: its largest parts, the time of all, and how long the
+device had nothing to do; for those not compiled there is the time of a forward pass as in evaluation,
+without lesson and never captured. Where a recipe was measured at several lengths, a figure beside --out
+shows how its time grows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -167,8 +169,9 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
         result["forward_s"] = forward_s / (len(batch.cu_seqlens) - 1)  # of a sequence
         model.train()
     if profile:
-        with torch.profiler.profile() as found:
-            step()
+        kinds = torch.profiler.ProfilerActivity
+        with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as found:
+            result["profiled_step_s"] = timed(step)
         key = "self_device_time_total" if cuda else "self_cpu_time_total"
         events = [
             e for e in found.key_averages() if not cuda or "cuda" in str(e.device_type).lower()
@@ -177,7 +180,17 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
         largest = sorted(events, key=lambda e: -getattr(e, key))[:12]
         result["profile"] = {e.key[:90]: getattr(e, key) / max(total, 1) for e in largest}
         result["profiled_s"] = total / 1e6
+        if cuda:
+            ranges = [e.time_range for e in found.events() if "cuda" in str(e.device_type).lower()]
+            result["idle_s"] = uncovered((r.start, r.end) for r in ranges) / 1e6
     return result
+
+
+def uncovered(spans: Iterable[tuple[float, float]]) -> float:
+    """The time that lies in no (start, end), between the first start and the last end."""
+    spans = sorted(spans)
+    reached = accumulate((end for _, end in spans), max)
+    return sum(max(0.0, start - end) for (start, _), end in zip(spans[1:], reached, strict=False))
 
 
 def main() -> None:

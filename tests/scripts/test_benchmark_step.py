@@ -1,0 +1,31 @@
+"""What a step's profile says."""
+
+import json
+import subprocess
+import sys
+
+from data.config import ROOT
+from scripts.benchmark_step import uncovered
+
+
+def test_time_in_no_span_is_counted_once_and_only_between_spans():
+    assert uncovered([(5, 7), (0, 4), (1, 2), (9, 10)]) == 3
+    assert uncovered([(0, 1)]) == uncovered([]) == 0
+
+
+def test_a_step_is_measured_and_profiled(tmp_path):
+    small = "device=cpu attention=nsa_small model=tiny train.seq_len=256 train.batch_tokens=512"
+    arguments = [
+        "--out",
+        tmp_path / "bench.json",
+        "--steps",
+        "1",
+        "--only",
+        "nsa small, 8 x 2k",
+        "--",
+    ]
+    command = [sys.executable, "scripts/benchmark_step.py", *arguments, *small.split()]
+    subprocess.run([*command, "train.micro_batch_tokens=256"], cwd=ROOT, check=True)
+    (result,) = json.loads((tmp_path / "bench.json").read_text())["variants"].values()
+    assert result["tokens_per_step"] == 512 and result["tokens_per_s"] > 0
+    assert result["profiled_s"] > 0 and sum(result["profile"].values()) <= 1
