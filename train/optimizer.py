@@ -95,11 +95,57 @@ class AdamW(Refusable, torch.optim.AdamW):
         torch.optim.AdamW.step(self)
 
 
+class Muon(torch.optim.Muon):
+    """torch's (arXiv 2502.16982), with the matrices of one shape stepped together: torch launches some
+    24 kernels for each, which a GPU would wait for.
+
+    Newton-Schulz steps are in bf16 on a GPU, as torch's, and in fp32 on a CPU, where bf16 is slower.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                gradients = [p.grad for p in parameters]
+                means = [self._mean_gradient(p) for p in parameters]
+                torch._foreach_lerp_(means, gradients, 1 - momentum)
+                updates = torch.stack(torch._foreach_lerp(gradients, means, momentum))  # Nesterov's
+                updates = updates.bfloat16() if updates.is_cuda else updates
+                updates = orthogonal(updates, group["ns_coefficients"], group["ns_steps"])
+                torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+                size = 0.2 * max(shape) ** 0.5  # that of AdamW's steps
+                torch._foreach_add_(parameters, updates.float().unbind(), alpha=-lr * size)
+
+    def _mean_gradient(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
+
+
+def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Matrices [count, rows, columns] with their singular vectors, and singular values near 1: Newton-Schulz
+    steps (Jordan 2024, https://kellerjordan.github.io/posts/muon)."""
+    a, b, c = coefficients
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 class WholeOptimizer(Refusable, torch.optim.Optimizer):
     """The optimizer of ZeRO-0, where every rank holds all parameters whole.
 
-    Muon (torch.optim.Muon) for the matrices, if asked for, and AdamW for the rest. A bf16 parameter
-    gets an fp32 copy that is stepped in its place, and gradients that accumulate in fp32.
+    Muon for the matrices, if asked for, and AdamW for the rest. A bf16 parameter gets an fp32 copy that is
+    stepped in its place, and gradients that accumulate in fp32.
     """
 
     def __init__(self, groups: list[dict], config: OptimizerConfig, fused: bool):
@@ -111,11 +157,7 @@ class WholeOptimizer(Refusable, torch.optim.Optimizer):
         rest = [g for g in self.param_groups if g not in muon]
         self.inner = [_adamw(torch.optim.AdamW, rest, config, fused)]
         if muon:
-            self.inner.append(
-                torch.optim.Muon(
-                    muon, lr=config.lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw"
-                )
-            )
+            self.inner.append(Muon(muon, lr=config.lr, momentum=config.momentum))
         self.param_groups = [group for optimizer in self.inner for group in optimizer.param_groups]
 
     def state_of(self, master: Tensor) -> dict:

@@ -10,7 +10,7 @@ from model.build import build_decoder
 from tests.train.ranks import config, pretrain
 from tests.train.test_run import metrics, same_weights, weights
 from train.config import check_config
-from train.optimizer import LrScale, OptimizerConfig, build_optimizer, parameter_groups
+from train.optimizer import LrScale, Muon, OptimizerConfig, build_optimizer, parameter_groups
 
 MODEL = dict(
     _target_="model.decoder.Decoder", dim=16, num_layers=1, num_heads=2, num_kv_heads=1, ffn_dim=24,
@@ -60,6 +60,22 @@ def test_muon_moves_matrices_along_orthogonal_directions(model):
     assert values.max() < 2 * values.min()  # a random gradient's would differ by more
     moved = (model.state_dict()["norm.weight"] - before["norm.weight"]).abs()
     torch.testing.assert_close(moved, torch.full_like(moved, 0.01))  # Adam's first step
+
+
+def test_muon_steps_matrices_together_as_torch_does_alone():
+    torch.manual_seed(0)
+    matrices = [torch.randn(shape) for shape in [(8, 6), (6, 8), (8, 6), (5, 5), (8, 6)]]
+    ours, theirs = ([nn.Parameter(m.clone()) for m in matrices] for _ in "ab")
+    how = dict(lr=0.1, momentum=0.9)
+    together = Muon(ours, **how)
+    alone = torch.optim.Muon(theirs, **how, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours[:-1], theirs[:-1], strict=True):  # the last one has no gradient
+            a.grad = b.grad = torch.randn_like(a)
+        together.step()
+        alone.step()
+    for a, b, before in zip(ours, theirs, matrices, strict=True):
+        assert (a - b).norm() <= 0.03 * (b - before).norm()  # theirs is in bf16
 
 
 def test_bf16_parameters_follow_fp32_copies(model):
