@@ -335,7 +335,7 @@ def _check_parallel(run: RunConfig) -> None:
     if run.optimizer.name == "muon" and stage > 0:
         raise ValueError(
             f"optimizer=muon works on whole matrices, and ZeRO-{stage} cuts them into flat pieces; "
-            "choose parallel=zero0."
+            "choose parallel=zero0 or optimizer=adamw."
         )
     if run.train.compile and stage == 3:
         raise ValueError(

@@ -18,14 +18,14 @@ from omegaconf import OmegaConf
 from data.config import command_line
 
 ROOT = Path(__file__).resolve().parents[2]
-# The quickstart, shrunk: the same parts, a few seconds.
+# The quickstart, shrunk: the same parts but for the optimizer, which ZeRO can divide; a few seconds.
 SMALL = [
     "+experiment=quickstart", "tokenizer.vocab_size=512", "model.dim=32", "model.num_layers=2",
     "model.num_heads=4", "model.head_dim=16", "model.ffn_dim=64", "train.seq_len=256",
     "train.batch_tokens=1024", "train.micro_batch_tokens=256", "train.max_tokens=6144",
     "train.validation_tokens=1024", "train.validate_every=3", "log.wandb=disabled", "device=cpu",
     "data.path=data/austen/northanger_abbey.txt", "data.validation.path=null",
-    "data.validation.fraction=0.02",
+    "data.validation.fraction=0.02", "optimizer=adamw", "optimizer.lr=3e-3", "parallel=zero1",
 ]  # fmt: skip
 
 os.environ["DS_ACCELERATOR"] = "cpu"
