@@ -5,7 +5,7 @@
 Random tokens in documents of one sequence each, on one device, through the trainer's own engine and
 through a bare torch loop. A variant is a recipe with overrides; each writes its line as it ends, and none
 starts after --seconds. Of some a step is profiled: its largest parts, the time of all, and how long the
-device had nothing to do; for those not compiled there is the time of a forward pass as in evaluation,
+device idled meanwhile; for those not compiled there is the time of a forward pass as in evaluation,
 without lesson and never captured. Where a recipe was measured at several lengths, a figure beside --out
 shows how its time grows.
 """
@@ -169,7 +169,7 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
         result["forward_s"] = forward_s / (len(batch.cu_seqlens) - 1)  # of a sequence
         model.train()
     if profile:
-        kinds = torch.profiler.ProfilerActivity
+        kinds = torch.profiler.ProfilerActivity  # on a GPU its own alone: the host would be slower
         with torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU]) as found:
             result["profiled_step_s"] = timed(step)
         key = "self_device_time_total" if cuda else "self_cpu_time_total"

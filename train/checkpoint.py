@@ -72,7 +72,7 @@ def check_resume(run: RunConfig) -> None:
     """Refuse what would mix two runs in one folder, with one sentence.
 
     train.resume=false wants a folder without checkpoints, true one with, "auto" takes either. The
-    model and its tokenizer must be the checkpoint's.
+    model, its tokenizer and the optimizer must be the checkpoint's.
     """
     folder, found = run.folder, newest_checkpoint(run.folder)
     if found is None:
@@ -90,14 +90,15 @@ def check_resume(run: RunConfig) -> None:
     config = run.as_trained(read_state(found).step)
     for side in stored, config:  # where either has no value for a key, it has its default
         side["model"] = with_defaults(side["model"], "model")
-    for group in ("model", "attention", "tokenizer"):
-        for key, before in stored[group].items():  # one that is new since: differences() tells
-            now = config[group].get(key)
-            if before != now:
-                raise ValueError(
-                    f"{group}.{key} is {now}, but the run in {folder} was started with {before}; "
-                    "set it back, or give this run another name=…"
-                )
+    # Keys that are new since: differences() tells.
+    keys = [(group, key) for group in ("model", "attention", "tokenizer") for key in stored[group]]
+    for group, key in [*keys, ("optimizer", "name")]:
+        before, now = stored[group][key], config[group].get(key)
+        if before != now:
+            raise ValueError(
+                f"{group}.{key} is {now}, but the run in {folder} was started with {before}; "
+                "set it back, or give this run another name=…"
+            )
 
 
 def check_same_data(folder: Path, fingerprint: str) -> None:

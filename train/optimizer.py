@@ -96,11 +96,14 @@ class AdamW(Refusable, torch.optim.AdamW):
 
 
 class Muon(torch.optim.Muon):
-    """torch's (arXiv 2502.16982), with the matrices of one shape stepped together: torch launches some
-    24 kernels for each, which a GPU would wait for.
+    """torch's with Nesterov momentum and steps of AdamW's size (arXiv 2502.16982), for all matrices of a
+    shape together: torch launches some 24 kernels for each matrix, which a GPU would wait for.
 
     Newton-Schulz steps are in bf16 on a GPU, as torch's, and in fp32 on a CPU, where bf16 is slower.
     """
+
+    def __init__(self, params, lr: float, momentum: float):
+        super().__init__(params, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -112,16 +115,16 @@ class Muon(torch.optim.Muon):
                     shapes.setdefault(parameter.shape, []).append(parameter)
             for shape, parameters in shapes.items():
                 gradients = [p.grad for p in parameters]
-                means = [self._mean_gradient(p) for p in parameters]
-                torch._foreach_lerp_(means, gradients, 1 - momentum)
-                updates = torch.stack(torch._foreach_lerp(gradients, means, momentum))  # Nesterov's
+                buffers = [self._momentum(p) for p in parameters]
+                torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+                updates = torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
                 updates = updates.bfloat16() if updates.is_cuda else updates
                 updates = orthogonal(updates, group["ns_coefficients"], group["ns_steps"])
                 torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-                size = 0.2 * max(shape) ** 0.5  # that of AdamW's steps
+                size = 0.2 * max(shape) ** 0.5
                 torch._foreach_add_(parameters, updates.float().unbind(), alpha=-lr * size)
 
-    def _mean_gradient(self, parameter: Tensor) -> Tensor:
+    def _momentum(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
@@ -129,7 +132,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
-    """Matrices [count, rows, columns] with their singular vectors, and singular values near 1: Newton-Schulz
+    """The matrices x [count, rows, columns] with their singular values moved to near 1, by Newton-Schulz
     steps (Jordan 2024, https://kellerjordan.github.io/posts/muon)."""
     a, b, c = coefficients
     tall = x.shape[1] > x.shape[2]

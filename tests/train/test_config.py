@@ -107,6 +107,8 @@ def test_a_run_of_before_a_key_was_there_may_go_on(tmp_path):
     check_resume(check_config(resolved(*how, "~model.full_layers", "~model.z_loss")))
     with pytest.raises(ValueError, match=r"attention.window is 64, but .* with 128; set it back"):
         check_resume(check_config(resolved(*how, "attention.window=64")))
+    with pytest.raises(ValueError, match=r"optimizer.name is adamw, but .* with muon; set it back"):
+        check_resume(check_config(resolved(*how, "optimizer=adamw")))
 
 
 def parameters(raw):

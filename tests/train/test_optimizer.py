@@ -62,9 +62,11 @@ def test_muon_moves_matrices_along_orthogonal_directions(model):
     torch.testing.assert_close(moved, torch.full_like(moved, 0.01))  # Adam's first step
 
 
-def test_muon_steps_matrices_together_as_torch_does_alone():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_muon_steps_matrices_together_as_torch_does_alone(device):
     torch.manual_seed(0)
-    matrices = [torch.randn(shape) for shape in [(8, 6), (6, 8), (8, 6), (5, 5), (8, 6)]]
+    shapes = (8, 6), (6, 8), (8, 6), (5, 5), (8, 6)
+    matrices = [torch.randn(shape, device=device) for shape in shapes]
     ours, theirs = ([nn.Parameter(m.clone()) for m in matrices] for _ in "ab")
     how = dict(lr=0.1, momentum=0.9)
     together = Muon(ours, **how)
