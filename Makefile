@@ -39,7 +39,7 @@ quickstart: $(INSTALLED) ## raw text to a scored checkpoint and a report, on two
 	@echo "  $(PY) train/pretrain.py +experiment=nsa_64k   64k tokens on one GPU with 80 GB"
 
 test: $(INSTALLED) ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 test-gpu: $(INSTALLED) ## the tests of the kernels on a CUDA device
 	$(PY) -m pytest -m gpu

@@ -4,10 +4,11 @@
 
 Random tokens in documents of one sequence each, on one device, through the trainer's own engine and
 through a bare torch loop. A variant is a recipe with overrides; each writes its line as it ends, and none
-starts after --seconds. Of some a step is profiled: its largest parts, the time of all, and how long the
-device idled meanwhile; for those not compiled there is the time of a forward pass as in evaluation,
-without lesson and never captured. Where a recipe was measured at several lengths, a figure beside --out
-shows how its time grows.
+starts after --seconds. A GPU that runs into its power limit lowers its clock, by more or less as the data
+change: its mean clock and power during the measured steps are written beside them. Of some a step is
+profiled: its largest parts, the time of all, and how long the device idled meanwhile; for those not compiled
+there is the time of a forward pass as in evaluation, without lesson and never captured. Where a recipe was
+measured at several lengths, a figure beside --out shows how its time grows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ if __name__ == "__main__":
 import argparse
 import gc
 import json
+import shutil
+import statistics
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from itertools import accumulate
@@ -38,6 +42,7 @@ from train.engine import Engine, Ranks, start_process_group
 from train.optimizer import build_optimizer
 from train.telemetry import measurement, peak_flops
 
+WARM_UP = 3  # steps after the first
 DENSE = ["+experiment=full_8k"]
 SMALL_PASS = ["train.micro_batch_tokens=8192"]
 VARIANTS = {  # name: (overrides, bare loop?, profile?)
@@ -152,15 +157,17 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
         return time.perf_counter() - began
 
     first = timed(step)
-    timed(step)
-    times = [timed(step) for _ in range(steps)]
+    for _ in range(WARM_UP):
+        timed(step)
+    with GpuClock(device) as clock:
+        times = [timed(step) for _ in range(steps)]
     seconds = sorted(times)[steps // 2]
     rate = run.train.batch_tokens / seconds
     result = {
         "parameters": count, "tokens_per_step": run.train.batch_tokens, "first_step_s": first,
         "step_s": seconds, "steps_s": times, "tokens_per_s": rate, "overrides": overrides,
         "mfu": rate * flops / peak if (peak := peak_flops(device)) else None,
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None, **clock.means(),
     }  # fmt: skip
     if not run.train.compile:  # which would take a minute more
         model.eval()
@@ -186,6 +193,39 @@ def measure(overrides, bare: bool, profile: bool, ranks: Ranks, steps: int) -> d
     return result
 
 
+class GpuClock:
+    """The mean clock and power of a GPU while this context lasts, by nvidia-smi; nothing without it."""
+
+    QUERY = {"clock_mhz": "clocks.sm", "power_w": "power.draw", "power_limit_w": "power.limit"}
+
+    def __init__(self, device: torch.device):
+        self.command = None
+        if device.type == "cuda" and shutil.which("nvidia-smi"):
+            uuid = torch.cuda.get_device_properties(device).uuid
+            query = f"--query-gpu={','.join(self.QUERY.values())}"
+            form = "--format=csv,noheader,nounits"
+            self.command = ["nvidia-smi", f"--id=GPU-{uuid}", query, form, "--loop-ms=100"]
+
+    def __enter__(self) -> GpuClock:
+        if self.command:
+            self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.lines = []
+        if self.command:
+            self.process.terminate()
+            self.lines = self.process.communicate()[0].splitlines()
+
+    def means(self) -> dict[str, float]:
+        rows = [line.split(", ") for line in self.lines if line.count(",") == len(self.QUERY) - 1]
+        columns = zip(*rows, strict=True)
+        return {
+            name: statistics.mean(map(float, column))
+            for name, column in zip(self.QUERY, columns, strict=False)
+        }
+
+
 def uncovered(spans: Iterable[tuple[float, float]]) -> float:
     """The time that lies in no (start, end), between the first start and the last end."""
     spans = sorted(spans)
@@ -197,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="benchmark_step.json", help="results, a JSON file")
     parser.add_argument("--seconds", type=float, default=600, help="no variant starts after these")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps; the median counts")
+    parser.add_argument("--steps", type=int, default=15, help="measured steps; the median counts")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants")
     parser.add_argument("overrides", nargs="*", help="added to every variant")
     options = parser.parse_args()

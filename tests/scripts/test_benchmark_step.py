@@ -5,13 +5,26 @@ import os
 import subprocess
 import sys
 
+import torch
+
 from data.config import ROOT
-from scripts.benchmark_step import uncovered
+from scripts.benchmark_step import GpuClock, uncovered
 
 
 def test_time_in_no_span_is_counted_once_and_only_between_spans():
     assert uncovered([(5, 7), (0, 4), (1, 2), (9, 10)]) == 3
     assert uncovered([(0, 1)]) == uncovered([]) == 0
+
+
+def test_clock_and_power_are_means_over_whole_lines():
+    clock = GpuClock(torch.device("cpu"))
+    with clock:
+        pass
+    assert clock.means() == {}
+    clock.command = ["printf", "1980, 100.5, 700.0\n1620, 699.5, 700.0\n16"]
+    with clock:
+        clock.process.wait()
+    assert clock.means() == {"clock_mhz": 1800, "power_w": 400, "power_limit_w": 700}
 
 
 def test_a_step_is_measured_and_profiled(tmp_path):

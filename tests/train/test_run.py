@@ -244,6 +244,8 @@ def test_scoring_on_the_way_disturbs_nothing(outputs):
 def test_answers_weigh_more_in_the_objective_alone_and_on_any_ranks(outputs):
     how = [
         "~data.path", "~data.validation", "data=novels_and_tasks", "data.weights.tasks=0.8",
+        "data.sources.novels.path=data/austen/northanger_abbey.txt",
+        "data.sources.novels.validation={path:null,fraction:0.02}",
         "data.sources.tasks.tasks=[recall]", "train.seq_len=512", "train.micro_batch_tokens=512",
         "train.max_steps=3",
     ]  # fmt: skip
