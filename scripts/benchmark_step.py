@@ -4,11 +4,11 @@
 
 Random tokens in documents of one sequence each, on one device, through the trainer's own engine and
 through a bare torch loop. A variant is a recipe with overrides; each writes its line as it ends, and none
-starts after --seconds. A GPU that runs into its power limit lowers its clock, by more or less as the data
-change: its mean clock and power during the measured steps are written beside them. Of some a step is
-profiled: its largest parts, the time of all, and how long the device idled meanwhile; for those not compiled
-there is the time of a forward pass as in evaluation, without lesson and never captured. Where a recipe was
-measured at several lengths, a figure beside --out shows how its time grows.
+starts after --seconds. A GPU at its power limit lowers its clock: the mean clock and power during the
+measured steps are written beside them. Of some a step is profiled: its largest parts, the time of all, and
+how long the device idled meanwhile; for those not compiled there is the time of a forward pass as in
+evaluation, without lesson and never captured. Where a recipe was measured at several lengths, a figure
+beside --out shows how its time grows.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if __name__ == "__main__":
 import argparse
 import gc
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -209,20 +210,21 @@ class GpuClock:
     def __enter__(self) -> GpuClock:
         if self.command:
             self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
+            self.process.stdout.readline()  # from before, but now it runs
         return self
 
     def __exit__(self, *error) -> None:
-        self.lines = []
+        self.text = ""
         if self.command:
             self.process.terminate()
-            self.lines = self.process.communicate()[0].splitlines()
+            self.text = self.process.communicate()[0]
 
     def means(self) -> dict[str, float]:
-        rows = [line.split(", ") for line in self.lines if line.count(",") == len(self.QUERY) - 1]
+        rows = re.findall(r"^([\d.]+), ([\d.]+), ([\d.]+)\n", self.text, re.MULTILINE)
         columns = zip(*rows, strict=True)
         return {
             name: statistics.mean(map(float, column))
-            for name, column in zip(self.QUERY, columns, strict=False)
+            for name, column in zip(self.QUERY, columns, strict=bool(rows))
         }
 
 
