@@ -105,8 +105,8 @@ def test_the_command(tmp_path):
     ],
 )
 def test_a_wrong_argument_is_one_sentence_before_any_run(arguments, words, tmp_path, monkeypatch):
-    out = str(tmp_path / "study.jsonl")
-    monkeypatch.setattr("sys.argv", ["retrieval_study.py", "--out", out, *arguments])
+    out = tmp_path / "study.jsonl"
+    monkeypatch.setattr("sys.argv", ["retrieval_study.py", "--out", str(out), *arguments])
     with pytest.raises(SystemExit, match=f"error: .*{words}") as wrong:
         main()
-    assert "\n" not in str(wrong.value)
+    assert "\n" not in str(wrong.value) and not out.exists()
