@@ -69,15 +69,29 @@ VARIANTS |= {
     "nsa small, 8 x 2k, compiled": ([*SMALL, "train.compile=true"], False, False),
     "full small, 8 x 2k": (["+experiment=full_small_64k", "train.stages=[]"], False, False),
 }
-SIZES = ("seq_len", "micro_batch_tokens", "batch_tokens")  # equal: steps of one sequence
+
+
+def _at_length(recipe: str, n: int, *overrides: str):
+    """A variant whose steps are one sequence of n thousand tokens."""
+    sizes = [
+        f"train.{size}={n << 10}" for size in ("seq_len", "micro_batch_tokens", "batch_tokens")
+    ]
+    return [f"+experiment={recipe}", "train.stages=[]", *sizes, *overrides], False, False
+
+
+def _stride(d: int) -> tuple[str, str]:
+    return f"attention.compress_block={2 * d}", f"attention.compress_stride={d}"
+
+
+LENGTHS = 32, 64, 128, 256
+VARIANTS |= {f"nsa small at {n}k": _at_length("nsa_small_64k", n) for n in LENGTHS}
 VARIANTS |= {
-    f"{name} small at {n}k": (
-        [f"+experiment={name}_small_64k", "train.stages=[]", *(f"train.{s}={n << 10}" for s in SIZES)],
-        False, False,
-    )
-    for name, lengths in {"nsa": (32, 64, 128, 256), "full": (64,), "sliding": (64,)}.items()
-    for n in lengths
-}  # fmt: skip
+    f"{name} small at 64k": _at_length(f"{name}_small_64k", 64) for name in ("full", "sliding")
+}
+VARIANTS |= {  # as many compressed keys at any length from 64k on
+    f"nsa small, stride by length at {n}k": _at_length("nsa_small_64k", n, *_stride(max(8, n // 8)))
+    for n in LENGTHS
+}
 
 
 class BareLoop:
