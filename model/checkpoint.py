@@ -62,8 +62,9 @@ def find_checkpoint(path: str | Path) -> Path:
 def init_from(model: Decoder, path: str | Path, tokenizer: Tokenizer) -> str:
     """Give a fresh model the weights of a checkpoint; returns a line that says what came of it.
 
-    Names and shapes must agree, with one exception: a branch of NSA that the checkpoint does not
-    have starts from its dense keys and values. What else is new keeps its initial values. Raises
+    Names and shapes must agree, with two exceptions: a branch of NSA that the checkpoint does not
+    have starts from its dense keys and values, and compressed blocks that are longer by a whole factor
+    weigh the same part of a block the same. What else is new keeps its initial values. Raises
     FileNotFoundError or ValueError with one sentence.
     """
     folder = find_checkpoint(path)
@@ -85,14 +86,17 @@ def init_from(model: Decoder, path: str | Path, tokenizer: Tokenizer) -> str:
         )
         if source not in weights:
             fresh.append(name)
-        elif weights[source].shape != parameter.shape:
+            continue
+        weight = weights[source]
+        if name.endswith(".position") and len(parameter) % len(weight) == 0:
+            weight = weight.repeat_interleave(len(parameter) // len(weight), 0)
+        if weight.shape != parameter.shape:
             raise ValueError(
                 f"{name} has the shape {list(parameter.shape)}, but {list(weights[source].shape)} "
                 f"in {folder}; the sizes of the model must be the same."
             )
-        else:
-            parameter.copy_(weights[source])
-            used.add(source)
+        parameter.copy_(weight)
+        used.add(source)
     line = f"weights of {folder}, {len(used)} of {len(weights)} tensors"
     return line + (f"; {len(fresh)} are new, such as {fresh[0]}" if fresh else "")
 

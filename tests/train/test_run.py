@@ -146,9 +146,24 @@ def test_a_sparse_run_starts_from_a_dense_one(outputs):
     assert "resumed at step 2" in text and "weights of" not in text
 
 
+def test_compressed_blocks_may_grow(outputs):
+    """By a whole factor: the weights by place in the block are stretched."""
+    short, long = (outputs / name for name in ("whole", "coarse"))
+    how = [f"train.init_from={short}", "train.max_steps=1", "optimizer.lr=1e-30"]
+    config = yaml.safe_load((short / "config.yaml").read_text())["attention"]
+    block, stride = 2 * config["compress_block"], 2 * config["compress_stride"]
+    how += [f"attention.compress_block={block}", f"attention.compress_stride={stride}"]
+    text = pretrain(outputs, "name=coarse", *how)
+    assert "weights of" in text and "are new" not in text
+    name = "blocks.0.attention.compress_k.position"
+    given, found = weights(short)[name], weights(long, 1)[name]
+    assert given.abs().max() > 0 and torch.equal(found, given.repeat_interleave(2, 0))
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
+        (["attention.compress_block=24"], "the sizes of the model must be the same"),
         (["tokenizer.vocab_size=400"], "with another tokenizer"),
         (["model.ffn_dim=32"], "the sizes of the model must be the same"),
         (["model.rope_fraction=0.5"], "start with model.rope_fraction=1.0"),
