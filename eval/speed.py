@@ -170,7 +170,7 @@ def save_growth(variants: dict, path: Path) -> None:
     lines = {name: dict(sorted(times.items())) for name, times in lines.items() if len(times) > 1}
     if not lines:
         return
-    figure = Figure((5.2, 3.6), layout="constrained")
+    figure = Figure((5.2, 4.0), layout="constrained")
     panel = figure.subplots()
     for name, times in lines.items():
         (drawn,) = panel.plot(
@@ -192,5 +192,5 @@ def save_growth(variants: dict, path: Path) -> None:
     panel.grid(True, which="major", color="#dddddd", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     panel.set(xlabel="tokens of a sequence", ylabel="seconds a sequence")
-    panel.legend(frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=130)
