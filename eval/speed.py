@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 
 # Query heads, KV heads, head dimension.
@@ -181,6 +182,7 @@ def save_growth(variants: dict, path: Path) -> None:
                 panel.annotate(
                     f"{seconds / times[length // 2]:.2f}", (length, seconds), (4, -11),
                     textcoords="offset points", color=drawn.get_color(), fontsize=9,
+                    path_effects=[withStroke(linewidth=3, foreground="white")],
                 )  # fmt: skip
     ticks = sorted({length for times in lines.values() for length in times})
     panel.set_xscale("log", base=2)

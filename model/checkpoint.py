@@ -63,9 +63,10 @@ def init_from(model: Decoder, path: str | Path, tokenizer: Tokenizer) -> str:
     """Give a fresh model the weights of a checkpoint; returns a line that says what came of it.
 
     Names and shapes must agree, with two exceptions: a branch of NSA that the checkpoint does not
-    have starts from its dense keys and values, and compressed blocks that are longer by a whole factor
-    weigh the same part of a block the same. What else is new keeps its initial values. Raises
-    FileNotFoundError or ValueError with one sentence.
+    have starts from its dense keys and values; and where compressed blocks (compression=gated_mean)
+    are a whole number of times as long as the checkpoint's, their weights by place are stretched.
+    What else is new keeps its initial values. Raises FileNotFoundError or ValueError with one
+    sentence.
     """
     folder = find_checkpoint(path)
     if Tokenizer.from_file(str(folder / TOKENIZER)).to_str() != tokenizer.to_str():
@@ -79,7 +80,7 @@ def init_from(model: Decoder, path: str | Path, tokenizer: Tokenizer) -> str:
             f"model.rope_fraction is {model.rotary.fraction}, but {theirs} in {folder}; start with "
             f"model.rope_fraction={theirs}."
         )
-    weights, fresh, used = load_file(folder / WEIGHTS), [], set()
+    weights, fresh, used, factor = load_file(folder / WEIGHTS), [], set(), 1
     for name, parameter in model.named_parameters():
         source = (
             name if name in weights else re.sub(r"\.(compressed|selected|local)\.", ".kv.", name)
@@ -89,7 +90,8 @@ def init_from(model: Decoder, path: str | Path, tokenizer: Tokenizer) -> str:
             continue
         weight = weights[source]
         if name.endswith(".position") and len(parameter) % len(weight) == 0:
-            weight = weight.repeat_interleave(len(parameter) // len(weight), 0)
+            factor = len(parameter) // len(weight)
+            weight = weight.repeat_interleave(factor, 0)
         if weight.shape != parameter.shape:
             raise ValueError(
                 f"{name} has the shape {list(parameter.shape)}, but {list(weights[source].shape)} "
@@ -98,6 +100,7 @@ def init_from(model: Decoder, path: str | Path, tokenizer: Tokenizer) -> str:
         parameter.copy_(weight)
         used.add(source)
     line = f"weights of {folder}, {len(used)} of {len(weights)} tensors"
+    line += f", compressed blocks {factor} times as long" if factor > 1 else ""
     return line + (f"; {len(fresh)} are new, such as {fresh[0]}" if fresh else "")
 
 
