@@ -175,13 +175,13 @@ class TokenizerConfig:
             object.__setattr__(self, "vocab_size", None)
 
 
-def from_config(cls: type[Config], mapping: Mapping, where: str) -> Config:
+def from_config(cls: type[Config], mapping: Mapping, where: str = "") -> Config:
     """Builds the dataclass `cls` from a config group.
 
     Args:
         cls: a dataclass; its fields may be plain types, `X | None`, Literal or dataclasses.
         mapping: a dict or a DictConfig (resolved here).
-        where: the group's name, for messages: "data", "data.validation".
+        where: the group's name, for messages: "data", "data.validation"; "": keys of no group.
 
     Raises:
         ValueError: an unknown key, a missing key or a value of the wrong type, in one sentence.
@@ -190,21 +190,22 @@ def from_config(cls: type[Config], mapping: Mapping, where: str) -> Config:
         mapping = OmegaConf.to_container(mapping, resolve=True)
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{where}: {mapping!r} isn't a group of keys")
+    group = f"{where}." if where else ""
     hints = get_type_hints(cls)
     known = {field.name: field for field in fields(cls)}
     for key in mapping:
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {where}.{close[0]}?" if close else f"known: {', '.join(known)}"
-            raise ValueError(f"{where}.{key}: unknown key; {hint}")
+            hint = f"did you mean {group}{close[0]}?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"{group}{key}: unknown key; {hint}")
     values = {}
     for name, field in known.items():
         required = field.default is MISSING and field.default_factory is MISSING
         value = mapping.get(name, "???" if required else field.default)
         if value == "???":  # how a config file says "yours to set"
-            raise ValueError(f"{where}.{name}: missing; set it, as in {where}.{name}=…")
+            raise ValueError(f"{group}{name}: missing; set it, as in {group}{name}=…")
         if name in mapping:
-            values[name] = _typed(value, hints[name], f"{where}.{name}")
+            values[name] = _typed(value, hints[name], f"{group}{name}")
     return cls(**values)
 
 

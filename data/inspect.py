@@ -82,7 +82,7 @@ def inspect(settings: InspectSettings) -> Iterator[str]:
 @hydra.main(version_base=None, config_path="../conf", config_name="inspect")
 def main(config: DictConfig) -> None:
     try:
-        for line in inspect(from_config(InspectSettings, config, "inspect")):
+        for line in inspect(from_config(InspectSettings, config)):
             print(line)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -146,7 +146,7 @@ def _texts(folder: Path, data_path: Path, limit: float = float("inf")) -> Iterat
 @hydra.main(version_base=None, config_path="../conf", config_name="baseline")
 def main(config: DictConfig) -> None:
     try:
-        settings = from_config(RunSettings, config, "baseline")
+        settings = from_config(RunSettings, config)
         result = run_baseline(resolve_path(settings.run))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -94,7 +94,7 @@ def scores(results: dict) -> dict[str, float]:
 def main(config: DictConfig) -> None:
     try:
         checkpoint, config = open_checkpoint(config)
-        settings = from_config(HarnessSettings, config, "harness")
+        settings = from_config(HarnessSettings, config)
         print(f"harness     {checkpoint.path}")
         results = scores(run_harness(checkpoint, settings))
     except (ValueError, FileNotFoundError) as error:

@@ -98,10 +98,10 @@ def held_out_documents(checkpoint: Checkpoint) -> Iterator[np.ndarray]:
     """
     path = checkpoint.config.get("data_path")
     if not path or not (Path(path) / "validation").is_dir():
-        raise FileNotFoundError(
-            f"The run's held-out text is not at data_path={path}; give a text of your own: "
-            "haystack=file.txt"
-        )
+        where = f"The run's held-out text is not at data_path={path}"
+        if not path:
+            where = "An imported model has no held-out text"
+        raise FileNotFoundError(f"{where}; give a text of your own: haystack=file.txt")
     shards = TokenShards.open(Path(path) / "validation")
     return (shards.document(i)[1:] for i in range(shards.num_documents))
 

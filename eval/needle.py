@@ -234,7 +234,7 @@ def main(config: DictConfig) -> None:
         asked = {key: value for key, value in config.items() if value is not None}
         recipe = yaml.safe_load((ROOT / "conf" / "eval" / "needle.yaml").read_text())
         recipe |= checkpoint.config.get("eval", {})  # an imported model has none
-        settings = from_config(NeedleSettings, recipe | asked, "eval")
+        settings = from_config(NeedleSettings, recipe | asked)
         print(f"needle      {checkpoint.path}")
         results = run_needle(checkpoint, settings)
     except (ValueError, FileNotFoundError) as error:

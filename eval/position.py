@@ -165,7 +165,7 @@ def table(results: dict) -> str:
 def main(config: DictConfig) -> None:
     try:
         checkpoint, config = open_checkpoint(config)
-        settings = from_config(PositionSettings, config, "position")
+        settings = from_config(PositionSettings, config)
         print(f"position    {checkpoint.path}")
         results = run_position(checkpoint, settings)
     except (ValueError, FileNotFoundError) as error:

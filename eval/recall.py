@@ -172,7 +172,7 @@ def table(results: dict) -> str:
 def main(config: DictConfig) -> None:
     try:
         checkpoint, config = open_checkpoint(config)
-        settings = from_config(RecallSettings, config, "recall")
+        settings = from_config(RecallSettings, config)
         print(f"recall      {checkpoint.path}")
         results = run_recall(checkpoint, settings)
     except (ValueError, FileNotFoundError) as error:

@@ -467,7 +467,7 @@ def _duration(seconds: float) -> str:
 @hydra.main(version_base=None, config_path="../conf", config_name="report")
 def main(config: DictConfig) -> None:
     try:
-        settings = from_config(ReportSettings, config, "report")
+        settings = from_config(ReportSettings, config)
         if settings.runs:
             folders = [resolve_path(run) for run in settings.runs]
             path = write_comparison(folders, resolve_path(settings.comparison_path))

@@ -178,7 +178,7 @@ def table(results: dict) -> str:
 def main(config: DictConfig) -> None:
     try:
         checkpoint, config = open_checkpoint(config)
-        settings = from_config(RulerSettings, config, "ruler")
+        settings = from_config(RulerSettings, config)
         print(f"ruler       {checkpoint.path}")
         results = run_ruler(checkpoint, settings)
     except (ValueError, FileNotFoundError) as error:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -80,28 +80,46 @@ def init_from(model: Decoder, path: str | Path, tokenizer: Tokenizer) -> str:
             f"model.rope_fraction is {model.rotary.fraction}, but {theirs} in {folder}; start with "
             f"model.rope_fraction={theirs}."
         )
-    weights, fresh, used, factor = load_file(folder / WEIGHTS), [], set(), 1
-    for name, parameter in model.named_parameters():
-        source = (
-            name if name in weights else re.sub(r"\.(compressed|selected|local)\.", ".kv.", name)
-        )
-        if source not in weights:
-            fresh.append(name)
-            continue
-        weight = weights[source]
-        if name.endswith(".position") and len(parameter) % len(weight) == 0:
-            factor = len(parameter) // len(weight)
-            weight = weight.repeat_interleave(factor, 0)
-        if weight.shape != parameter.shape:
-            raise ValueError(
-                f"{name} has the shape {list(parameter.shape)}, but {list(weights[source].shape)} "
-                f"in {folder}; the sizes of the model must be the same."
-            )
-        parameter.copy_(weight)
-        used.add(source)
-    line = f"weights of {folder}, {len(used)} of {len(weights)} tensors"
-    line += f", compressed blocks {factor} times as long" if factor > 1 else ""
-    return line + (f"; {len(fresh)} are new, such as {fresh[0]}" if fresh else "")
+    weights, found = load_file(folder / WEIGHTS), matching_weights(model, folder)
+    for name, (source, factor) in found.items():
+        model.get_parameter(name).copy_(weights[source].repeat_interleave(factor, 0))
+    fresh = [name for name, _ in model.named_parameters() if name not in found]
+    used = {source for source, _ in found.values()}
+    unused = [name for name in weights if name not in used]
+    longer = max(factor for _, factor in found.values())
+    return (
+        f"weights of {folder}, {len(used)} of {len(weights)} tensors"
+        + (f", compressed blocks {longer} times as long" if longer > 1 else "")
+        + (f"; {len(unused)} are not used, such as {unused[0]}" if unused else "")
+        + (f"; {len(fresh)} are new, such as {fresh[0]}" if fresh else "")
+    )
+
+
+def matching_weights(
+    model: Decoder, folder: Path, vocabulary: bool = True
+) -> dict[str, tuple[str, int]]:
+    """What init_from takes of a checkpoint: for the names of the model's parameters the name of a tensor
+    there, and how often each of its rows is repeated. Reads no weights, and not what depends on the
+    vocabulary if that is unknown. Raises ValueError with one sentence.
+    """
+    found, unknown = {}, () if vocabulary else ("embedding.weight", "head.weight")
+    with safe_open(folder / WEIGHTS, "pt") as weights:
+        names = set(weights.keys())
+        for name, parameter in model.named_parameters():
+            branch = re.sub(r"\.(compressed|selected|local)\.", ".kv.", name)
+            source = name if name in names else branch
+            if source not in names or name in unknown:
+                continue
+            rows, *rest = weights.get_slice(source).get_shape()
+            factor = len(parameter) // rows if name.endswith(".position") else 1
+            if [factor * rows, *rest] != list(parameter.shape):
+                raise ValueError(
+                    f"{name} has the shape {list(parameter.shape)}, but {[rows, *rest]} in {folder}; "
+                    "the sizes of the model must be the same, and compressed blocks a whole number "
+                    "of times as long."
+                )
+            found[name] = source, factor
+    return found
 
 
 def load_checkpoint(

@@ -464,7 +464,7 @@ def _write(path: Path, results: dict) -> None:
 @hydra.main(version_base=None, config_path="../conf", config_name="bench_attention")
 def main(config: DictConfig) -> None:
     try:
-        settings = from_config(BenchSettings, config, "bench_attention")
+        settings = from_config(BenchSettings, config)
         if unknown := set(settings.shapes) - set(SHAPES):
             raise ValueError(f"shapes: {', '.join(sorted(unknown))}; choose from a, b, c and d.")
         if settings.redraw_path:

@@ -251,12 +251,16 @@ def uncovered(spans: Iterable[tuple[float, float]]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="benchmark_step.json", help="results, a JSON file")
+    parser.add_argument("--out", default="outputs/benchmark_step.json", help="results, a JSON file")
     parser.add_argument("--seconds", type=float, default=600, help="no variant starts after these")
     parser.add_argument("--steps", type=int, default=15, help="measured steps; the median counts")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants")
     parser.add_argument("overrides", nargs="*", help="added to every variant")
     options = parser.parse_args()
+    if unknown := [name for name in options.only if name not in VARIANTS]:
+        parser.error(f"--only: there is no {unknown[0]!r}; choose among {', '.join(VARIANTS)}")
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = start_process_group(device)
     results = {"environment": measurement(ranks.device), "variants": {}}
@@ -272,11 +276,13 @@ def main() -> None:
             result = {"error": str(error)[-600:]}
         results["variants"][name] = result | {"after_s": time.perf_counter() - began}
         print(name, json.dumps(result), flush=True)
-        Path(options.out).write_text(json.dumps(results, indent=1))
-        save_growth(results["variants"], Path(options.out).with_suffix(".png"))
+        out.write_text(json.dumps(results, indent=1))
+        save_growth(results["variants"], out.with_suffix(".png"))
         torch._dynamo.reset()  # or it would compile later variants for any shape
         gc.collect()
         torch.cuda.empty_cache()
+    if all("error" in result for result in results["variants"].values()):
+        sys.exit("error: no variant could be measured; the reasons are above.")
 
 
 if __name__ == "__main__":

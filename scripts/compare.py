@@ -346,7 +346,7 @@ class Comparison:
             status = child.wait()
             self.children.remove(child)
         if self.stopped:
-            if training and status not in (0, 128 + self.stopped):
+            if training and status not in (0, 128 + signal.SIGTERM):  # what stop() sends
                 print(f"{name}: ended with status {status} and has not saved its last steps")
             sys.exit(128 + self.stopped)
         if status:
@@ -447,7 +447,7 @@ def main(arguments: list[str]) -> None:
         with initialize_config_dir(str(ROOT / "conf"), version_base=None):
             config = compose("compare", command_line(ours))
         command = shlex.join(["python", "scripts/compare.py", *arguments])
-        settings = from_config(CompareSettings, config, "compare")
+        settings = from_config(CompareSettings, config)
         with alone_in(resolve_path(settings.output_dir)) as lock:
             comparison = Comparison(settings, overrides, command, lock)
             comparison.check()

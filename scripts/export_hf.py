@@ -35,7 +35,7 @@ class ExportSettings:
 @hydra.main(version_base=None, config_path="../conf", config_name="export_hf")
 def main(config: DictConfig) -> None:
     try:
-        settings = from_config(ExportSettings, config, "export_hf")
+        settings = from_config(ExportSettings, config)
         folder = resolve_path(settings.hf_path)
         name = export(load_checkpoint(resolve_path(settings.checkpoint)), folder)
     except (ValueError, FileNotFoundError) as error:

@@ -59,7 +59,7 @@ class GenerateSettings:
 @hydra.main(version_base=None, config_path="../conf", config_name="generate")
 def main(config: DictConfig) -> None:
     try:
-        settings = from_config(GenerateSettings, config, "generate")
+        settings = from_config(GenerateSettings, config)
         device = settings.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -34,7 +34,7 @@ class ImportSettings:
 @hydra.main(version_base=None, config_path="../conf", config_name="import_hf")
 def main(config: DictConfig) -> None:
     try:
-        settings = from_config(ImportSettings, config, "import_hf")
+        settings = from_config(ImportSettings, config)
         folder = import_hf(resolve_path(settings.hf_path), resolve_path(settings.checkpoint))
         model = load_checkpoint(folder).model
     except (ValueError, FileNotFoundError) as error:

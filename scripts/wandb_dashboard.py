@@ -161,7 +161,7 @@ def workspace(entity: str, project: str):
 @hydra.main(version_base=None, config_path="../conf", config_name="dashboard")
 def main(config: DictConfig) -> None:
     try:
-        settings = from_config(DashboardSettings, config, "dashboard")
+        settings = from_config(DashboardSettings, config)
         if not (settings.run or settings.project):
             raise ValueError(
                 "give run=outputs/<name> to list what its offline W&B files hold, or project=… "

@@ -14,7 +14,7 @@ import torch
 from data.config import TokenizerConfig, check_root, data_config, from_config, resolve_path
 from eval.needle import NeedleSettings
 from model.build import build_decoder
-from model.checkpoint import find_checkpoint
+from model.checkpoint import find_checkpoint, matching_weights
 from model.parallel import check_heads
 from train.optimizer import OptimizerConfig
 from train.schedule import Schedule
@@ -55,8 +55,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "seq_len", "batch_tokens", "micro_batch_tokens", "max_tokens", "validate_every",
-            "checkpoint_every", "keep_checkpoints", "keep_every", "max_skipped",
+            "seq_len", "batch_tokens", "micro_batch_tokens", "max_tokens", "max_steps",
+            "validate_every", "validation_tokens", "checkpoint_every", "keep_checkpoints",
+            "keep_every", "max_skipped",
         ):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"train.{name}={getattr(self, name)}; it must be at least 1.")
@@ -218,8 +219,10 @@ class RunConfig:
 def check_config(raw: dict) -> RunConfig:
     """The checked run. Raises ValueError or FileNotFoundError with one sentence."""
     check_root(raw)
-    device = _device(raw)
     train = from_config(TrainConfig, raw["train"], "train")
+    device = _device(raw, train)
+    if raw["name"] in ("", ".", "..", "data"):  # where all runs are, and their data
+        raise ValueError(f"name={raw['name']}; a run needs a name of its own for its folder.")
     precision = train.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
@@ -247,12 +250,19 @@ def check_config(raw: dict) -> RunConfig:
         )
     for stage in run.stages:
         _check_blocks(raw["attention"], stage.seq_len)
-    if train.init_from:
-        find_checkpoint(resolve_path(train.init_from))
     data_config(raw["data"])
     from_config(TokenizerConfig, raw["tokenizer"], "tokenizer")
     with torch.device("meta"):  # shapes only: a misfit shows before data is prepared
-        build_decoder(raw["model"], raw["attention"], vocab_size=256)
+        model = build_decoder(raw["model"], raw["attention"], vocab_size=256)
+    if train.init_from:
+        try:
+            matching_weights(
+                model, find_checkpoint(resolve_path(train.init_from)), vocabulary=False
+            )
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(
+                f"train.init_from: {error} Give a run that fits, or null to start afresh."
+            ) from None
     return run
 
 
@@ -304,7 +314,7 @@ def _misfit(stage: LengthStage, train: TrainConfig, passes: int) -> str:
     )
 
 
-def _device(raw: dict) -> torch.device:
+def _device(raw: dict, train: TrainConfig) -> torch.device:
     wanted = raw["device"]
     if wanted not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device={wanted!r}; it must be auto, cpu or cuda.")
@@ -313,7 +323,8 @@ def _device(raw: dict) -> torch.device:
             f"The run '{raw['name']}' needs a CUDA GPU and torch sees none on this machine. "
             "For a first look on a CPU: python train/pretrain.py +experiment=quickstart. To try "
             "this recipe here, add: device=cpu data=austen model=tiny train.max_steps=2 "
-            "train.stages=[] train.batch_tokens=65536 train.compile=false"
+            f"train.stages=[] train.batch_tokens={train.micro_batch_tokens} train.compile=false"
+            + (" train.init_from=null" if train.init_from else "")
         )
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

@@ -85,6 +85,12 @@ def test_what_is_wrong_is_said_in_one_sentence(raw, message):
         assert str(caught.value) == message
 
 
+def test_keys_of_no_group_are_named_alone():
+    for raw, message in (({"sise": 3}, "did you mean size"), ({}, "as in size=")):
+        with pytest.raises(ValueError, match=f"^si[sz]e: .*{message}"):
+            from_config(Outer, raw)
+
+
 @pytest.mark.parametrize(
     "validation, message",
     [

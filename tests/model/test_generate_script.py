@@ -58,7 +58,7 @@ def test_chat_continues_the_text_so_far(checkpoint):
         ("top_p=0", "0 < top_p <= 1"),
         ("max_new_tokens=0", "at least 1"),
         ("prompt_file=nowhere.txt", "no such file"),
-        ("prompts=x", "did you mean generate.prompt?"),
+        ("prompts=x", "did you mean prompt?"),
     ],
 )
 def test_a_wrong_argument_is_one_sentence(checkpoint, argument, message):

@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from data.config import ROOT
+from scripts import benchmark_step
 from scripts.benchmark_step import GpuClock, uncovered
+from train.engine import Ranks
 
 
 def test_time_in_no_span_is_counted_once_and_only_between_spans():
@@ -28,6 +31,24 @@ def test_clock_and_power_are_means_over_whole_lines_from_the_second_on():
     with clock:
         clock.process.wait()
     assert clock.means() == {"clock_mhz": 1800, "power_w": 400, "power_limit_w": 700}
+
+
+def test_what_can_not_be_measured_is_an_error(tmp_path, monkeypatch, capsys):
+    def call(name):
+        monkeypatch.setattr(
+            sys, "argv", ["", "--out", str(tmp_path / "new/bench.json"), "--only", name]
+        )
+        with pytest.raises(SystemExit) as ended:
+            benchmark_step.main()
+        return ended.value.code
+
+    assert (
+        call("nsa at 3k") == 2
+        and "there is no 'nsa at 3k'; choose among compiled" in capsys.readouterr().err
+    )
+    monkeypatch.setattr(benchmark_step, "start_process_group", lambda device: Ranks(device, 0, 1))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert "no variant" in call("nsa at 64k") and "needs a CUDA GPU" in capsys.readouterr().out
 
 
 def test_a_step_is_measured_and_profiled(tmp_path):

@@ -38,6 +38,15 @@ def test_every_experiment_is_valid_on_the_cpu(experiment):
     assert run.num_steps > 0 and run.dtype is torch.float32
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_hint_for_machines_without_a_gpu_holds(experiment, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a CUDA GPU") as refused:
+        check_config(resolved(f"+experiment={experiment}", "device=cuda"))
+    hint = str(refused.value).partition("here, add: ")[2].split()
+    assert check_config(resolved(f"+experiment={experiment}", *hint)).num_steps == 2
+
+
 @pytest.mark.parametrize(
     "group, option",
     [(g, p.stem) for g in ("model", "attention", "schedule", "parallel", "optimizer")
@@ -139,6 +148,9 @@ def test_recipes_differ_in_the_attention_alone(family, largest):
         (["+model.num_layer=3"], "did you mean model.num_layers"),
         (["+colour=blue"], "colour: unknown key"),
         (["+devise=cpu"], r"did you mean device\?"),
+        (["name="], "a run needs a name of its own"),
+        (["train.max_steps=0"], "train.max_steps=0; it must be at least 1"),
+        (["train.init_from=/no/run"], "train.init_from: /no/run is neither .* or null to start"),
         (["model.num_heads=5"], "num_kv_heads"),
         (["train.seq_len=8"], "shorter than attention.compress_b"),
         (["train.seq_len=3000"], "not a multiple of seq_len"),
