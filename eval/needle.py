@@ -236,6 +236,9 @@ def main(config: DictConfig) -> None:
         recipe |= checkpoint.config.get("eval", {})  # an imported model has none
         settings = from_config(NeedleSettings, recipe | asked)
         print(f"needle      {checkpoint.path}")
+        trained = checkpoint.config.get("train", {}).get("seq_len")  # unknown of an imported model
+        if trained and trained < max(settings.lengths):
+            print(f"Trained on sequences of {trained:,} tokens, asked at {max(settings.lengths):,}.")
         results = run_needle(checkpoint, settings)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
