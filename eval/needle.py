@@ -238,7 +238,9 @@ def main(config: DictConfig) -> None:
         print(f"needle      {checkpoint.path}")
         trained = checkpoint.config.get("train", {}).get("seq_len")  # unknown of an imported model
         if trained and trained < max(settings.lengths):
-            print(f"Trained on sequences of {trained:,} tokens, asked at {max(settings.lengths):,}.")
+            print(
+                f"Trained on sequences of {trained:,} tokens, asked at {max(settings.lengths):,}."
+            )
         results = run_needle(checkpoint, settings)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
