@@ -254,7 +254,7 @@ def check_config(raw: dict) -> RunConfig:
     from_config(TokenizerConfig, raw["tokenizer"], "tokenizer")
     with torch.device("meta"):  # shapes only: a misfit shows before data is prepared
         model = build_decoder(raw["model"], raw["attention"], vocab_size=256)
-    if train.init_from:
+    if train.init_from and not any(run.folder.glob("checkpoints/step_*")):  # else it has its own
         try:
             matching_weights(
                 model, find_checkpoint(resolve_path(train.init_from)), vocabulary=False

@@ -1,6 +1,7 @@
 """The comparison from its command to its results, tiny; and what it decides, without training."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -326,13 +327,14 @@ def wait_for(path):
     pytest.fail(f"{path.name} did not come")
 
 
-def test_a_signal_ends_the_step_that_runs(tmp_path, capsys):
+@pytest.mark.parametrize("status, lost", [(128 + signal.SIGTERM, False), (1, True)])
+def test_a_signal_ends_the_training_that_runs(status, lost, tmp_path, capsys):
     child = tmp_path / "child.py"
     child.write_text(
         "import os, signal, sys\n"
         "def save(number, frame):\n"
         f"    open({str(tmp_path / 'saved')!r}, 'w').close()\n"
-        "    sys.exit()\n"
+        f"    sys.exit({status})\n"
         "assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # Ctrl-C is the parent's\n"
         "signal.signal(signal.SIGTERM, save)\n"
         "os.kill(os.getppid(), signal.SIGUSR1)\n"
@@ -343,12 +345,12 @@ def test_a_signal_ends_the_step_that_runs(tmp_path, capsys):
     before = signal.signal(signal.SIGUSR1, comparison.stop)
     try:
         with pytest.raises(SystemExit) as error:
-            comparison.step("nsa_8k", str(child), [])
+            comparison.step("nsa_8k", f"train/{os.path.relpath(child, ROOT / 'train')}", [])
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert error.value.code == 128 + signal.SIGUSR1
     assert (tmp_path / "saved").exists() and not comparison.steps
-    capsys.readouterr()
+    assert ("has not saved its last steps" in capsys.readouterr().out) == lost
     with pytest.raises(SystemExit):  # and no other is begun
         comparison.step("full_8k", str(child), [])
     assert not capsys.readouterr().out

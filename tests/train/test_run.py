@@ -1,6 +1,7 @@
 """Whole runs, as a user starts them, on one rank and on several."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -142,6 +143,7 @@ def test_a_sparse_run_starts_from_a_dense_one(outputs):
     assert "weights of" in text and "are new, such as blocks.0.attention.compress_k" in text
     dense, sparse = metrics(outputs / "dense"), metrics(outputs / "sparse")
     assert sparse[0]["loss"] < dense[0]["loss"] - 0.05  # it does not start anew
+    shutil.rmtree(outputs / "dense")  # which a run that has begun does not need
     text = pretrain(outputs, *how, "train.resume=true", "train.max_steps=3")
     assert "resumed at step 2" in text and "weights of" not in text
 
